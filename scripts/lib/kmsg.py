@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: GPL-2.0
+"""Judge what the kernel said: which lines of a kernel log mean that something is broken."""
+
+import re
+
+# Reports which an undisturbed kernel never makes.
+_REPORTS = re.compile(
+    r"WARNING:|\bBUG:|\bBUG\b at |Oops|general protection fault|Kernel panic"
+    r"|INFO: task .* blocked for more than|self-detected stall|detected stalls|rcu:.*stall"
+    r"|soft lockup|hard LOCKUP|possible circular locking|possible recursive locking"
+    r"|inconsistent lock state|suspicious RCU usage|scheduling while atomic"
+    r"|sleeping function called from invalid context|Unable to handle|refcount_t:"
+    r"|unchecked MSR access error|Call Trace:|Bad page state|bad page map|list_(add|del) corruption"
+    r"|Objects remaining"
+)
+
+_LEVEL = re.compile(r"^<(\d+)>")
+_RMMU = re.compile(r"\b(kvm_)?rmmu: ")
+_VM_MARK = re.compile(r"rmmu-vm: (begin|end) ")
+
+KERN_ERR = 3
+
+
+def problems(text, allow_rmmu_errors=False):
+    """The lines of a log that fail a test. Levels, as `dmesg -r` gives them, are optional."""
+    found = []
+    for line in text.splitlines():
+        if _VM_MARK.search(line):
+            continue
+        level = _LEVEL.match(line)
+        severity = int(level.group(1)) & 7 if level else 7
+        is_ours = severity <= KERN_ERR and _RMMU.search(line)
+        if _REPORTS.search(line) or (is_ours and not allow_rmmu_errors):
+            found.append(line)
+    return found
+
+
+def excerpt(text, lines=60):
+    """A log from its first problem on; its end when there is none."""
+    every = text.splitlines()
+    for number, line in enumerate(every):
+        if not _VM_MARK.search(line) and _REPORTS.search(line):
+            return "\n".join(every[max(0, number - 2):number + lines])
+    return "\n".join(every[-lines:])

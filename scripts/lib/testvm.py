@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: GPL-2.0
+"""The test VM: the stock kernel in QEMU with KVM (and rmmu, if wanted) loaded, which runs commands.
+
+One machine runs any number of commands. What a command printed, its exit code and the
+kernel messages that came meanwhile return together. A machine that dies or hangs raises
+`Crashed`, which carries the console; the caller boots another one and goes on.
+"""
+
+import re
+import tempfile
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import initramfs
+import kmsg
+import qemu
+
+SOURCE = Path(__file__).resolve().parents[2]
+
+BOOT_SECONDS = 120
+# How long the guest's own time limit may be late before the machine counts as hung.
+GRACE_SECONDS = 30
+
+MODES = {
+    "default": {},
+    "tdp_mmu=0": {"kvm": "tdp_mmu=0"},
+    "npt=0": {"kvm_amd": "npt=0"},
+}
+
+
+@dataclass
+class Config:
+    """What the machine holds when it is up."""
+
+    mode: str = "default"
+    module: Path = None
+    module_params: str = "own_new_vms=1"
+    kernel_params: dict = field(default_factory=dict)
+    load: list = field(default_factory=lambda: ["kvm-amd"])
+    pack: list = field(default_factory=list)
+    files: list = field(default_factory=list)
+    hugepages: int = 160
+    machine: qemu.Options = field(default_factory=qemu.Options)
+
+    def options(self):
+        """The machine's options. Each huge page costs some ms of boot: the kernel clears it."""
+        cmdline = f"hugepages={self.hugepages} {self.machine.cmdline}"
+        return replace(self.machine, cmdline=cmdline)
+
+
+@dataclass
+class Result:
+    """One command that ran to its end or to its time limit."""
+
+    code: int
+    output: str
+    kernel: str
+    seconds: float
+
+    TIMED_OUT = 124
+
+
+class Crashed(Exception):
+    """The machine died or hung; `console` is its kernel's log since the command began."""
+
+    def __init__(self, reason, console, output=""):
+        super().__init__(reason)
+        self.reason = reason
+        self.console = console
+        self.output = output
+
+
+def pack(config, kernel_modules, busybox, interactive=False):
+    """The initramfs for a configuration."""
+    archive = initramfs.Archive()
+    archive.file("/bin/busybox", busybox, 0o755)
+    archive.file("/init", SOURCE / "selftests/guest/init", 0o755)
+    # The kernel opens the console before init can mount devtmpfs.
+    archive.device("/dev/console", 5, 1)
+    initramfs.ModuleTree(kernel_modules).pack(archive, [*config.load, *config.pack])
+    for path, source in config.files:
+        source = Path(source)
+        if source.is_dir():
+            archive.tree(path, source)
+        else:
+            archive.file(path, source)
+    params = {name: [] for name in ("kvm", "kvm_amd")}
+    for chosen in (MODES[config.mode], config.kernel_params):
+        for name, value in chosen.items():
+            params.setdefault(name.replace("-", "_"), []).append(value)
+    options = [f"options {name} {' '.join(values)}\n" for name, values in params.items() if values]
+    archive.data("/etc/modprobe.conf", "".join(options))
+    settings = {
+        "MODE": config.mode,
+        "INTERACTIVE": int(interactive),
+        "MODULES": " ".join(config.load),
+    }
+    if config.module:
+        archive.file("/lib/modules/kvm_rmmu.ko", config.module)
+        settings["RMMU"] = "/lib/modules/kvm_rmmu.ko"
+        settings["RMMU_PARAMS"] = config.module_params
+    archive.data("/etc/rmmu-vm.conf", "".join(f"{key}='{value}'\n" for key, value in settings.items()))
+    return archive
+
+
+class TestVm:
+    """A booted test VM; a context manager."""
+
+    def __init__(self, environment, config, console_log=None, echo=None):
+        self._echo = echo
+        self._serial = 0
+        self._pending = b""
+        self._scratch = tempfile.TemporaryDirectory(prefix="rmmu-vm-")
+        scratch = Path(self._scratch.name)
+        self._machine = None
+        try:
+            initrd = scratch / "initrd"
+            pack(config, environment.modules_dir, environment.busybox).write(initrd)
+            log = console_log or scratch / "console.log"
+            started = time.monotonic()
+            self._machine = qemu.Machine(environment.root, environment.vmlinuz, initrd, log, config.options())
+            self.boot_kernel_log = self._until(r"@@ready", BOOT_SECONDS, "boot")
+            self.boot_seconds = time.monotonic() - started
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        if self._machine:
+            self._machine.stop()
+        self._scratch.cleanup()
+
+    def run(self, command, limit):
+        """Run a shell command for `limit` seconds at most."""
+        self._serial += 1
+        ident = str(self._serial)
+        self._mark = len(self._machine.console())
+        try:
+            self._machine.send(f"{ident} {limit} {command}")
+        except OSError:
+            raise self._crash("the VM is gone", "") from None
+        self._until(rf"@@begin {ident}", GRACE_SECONDS, "start of the command")
+        output, ended = self._until(rf"@@kmsg {ident} (\d+) (\d+)", limit + GRACE_SECONDS, "the command", live=True)
+        kernel = self._until(rf"@@end {ident}", GRACE_SECONDS, "its kernel messages", already=output)
+        # The agent puts a newline before its mark, in case the command's last line had none.
+        output = output[:-1] if output.endswith("\n") else output
+        return Result(int(ended.group(1)), output, kernel, int(ended.group(2)) / 1000)
+
+    _mark = 0
+
+    def _until(self, mark, seconds, what, live=False, already=""):
+        """Text up to the line that is `mark`. With `live` also its match, and echo as it comes."""
+        end = re.compile(rb"^" + mark.encode() + rb"\r?\n", re.MULTILINE)
+        deadline = time.monotonic() + seconds
+        shown = 0
+        while True:
+            found = end.search(self._pending)
+            if live and self._echo:
+                # Only whole lines, so that a mark which is still arriving never shows.
+                stop = found.start() if found else self._pending.rfind(b"\n") + 1
+                if stop > shown:
+                    self._echo(self._pending[shown:stop].decode(errors="replace"))
+                    shown = stop
+            if found:
+                text = self._pending[: found.start()].decode(errors="replace")
+                match = re.match(mark, found.group().decode(errors="replace"))
+                self._pending = self._pending[found.end():]
+                return (text, match) if live else text
+            data = self._machine.receive(deadline)
+            if data is None:
+                self._machine.diagnose()
+                raise self._crash(f"the VM hung: no end of {what} within {seconds:.0f} s", already)
+            if not data:
+                raise self._crash(f"the VM died during {what}", already)
+            self._pending += data
+
+    def _crash(self, reason, already):
+        time.sleep(0.2)
+        self._machine.stop()
+        output = already + self._pending.decode(errors="replace")
+        console = self._machine.console()[self._mark:]
+        return Crashed(reason, console or self._machine.stderr_log.read_text(errors="replace"), output)
+
+
+def describe_crash(crash):
+    return f"{crash.reason}\n--- console ---\n{kmsg.excerpt(crash.console)}"

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: GPL-2.0
+"""Upstream's KVM selftests, built static from the kernel's source package and cached."""
+
+import re
+import shutil
+from pathlib import Path
+
+import cache
+import ui
+
+IN_GUEST = "/kvm"
+# Upstream's rseq test is built on the rseq selftests' headers, and all of them on the uapi headers.
+KVM = "tools/testing/selftests/kvm"
+
+# Two tests repeat one thing so often that an emulator needs minutes for it. Of these a
+# second program is built that does the same less often: {program: (macro, smaller value)}.
+SMALLER = {
+    "hardware_disable_test": ("FORK_NUM", "(1ULL << 3)"),
+    "rseq_test": ("NR_TASK_MIGRATIONS", "2000"),
+}
+
+
+def ensure(environment):
+    """The directory that holds the programs, laid out as the guest sees it below /kvm."""
+    kernel, root = environment.kernel, environment.root_handle
+    return cache.keyed(
+        "selftests-kvm", kernel.key, root.key, SMALLER, _RECIPE,
+        build=lambda directory: _build(directory, kernel, root),
+    )
+
+
+_RECIPE = """
+set -e
+tree=$1 work=$2 jobs=$3
+make -s -C "$tree" CC="$4" headers_install INSTALL_HDR_PATH="$work/uapi"
+exec make -C "$work/selftests/kvm" -j "$jobs" CC="$4" top_srcdir="$tree" \
+    OUTPUT="$work/programs" EXTRA_CFLAGS="-static -w" KHDR_INCLUDES="-isystem $work/uapi/include" all
+"""
+
+
+def _build(directory, kernel, root):
+    work = directory / "work"
+    # A copy, for the tree belongs to the kernel's cache entry and smaller variants are added.
+    source = work / "selftests"
+    source.mkdir(parents=True)
+    tree = kernel.tree_host
+    for name in ("kvm", "rseq", "cgroup", "lib.mk"):
+        _copy(tree / "tools/testing/selftests" / name, source / name)
+    for path in (tree / "tools/testing/selftests").glob("*.h"):
+        _copy(path, source / path.name)
+    _add_smaller(source / "kvm")
+    with ui.step("selftests: building upstream's KVM tests", log=cache.log_path("selftests-kvm")) as step:
+        root.run(["sh", "-c", _RECIPE, "build", kernel.tree, work, ui.jobs(), kernel.cc], log=step)
+        programs = work / "programs"
+        names = [path.relative_to(programs) for path in programs.rglob("*")
+                 if path.is_file() and path.stat().st_mode & 0o111]
+        if len(names) < 50:
+            raise ui.Error(f"only {len(names)} of upstream's KVM selftests were built: see {step.log}")
+        for name in names:
+            target = directory / name
+            target.parent.mkdir(exist_ok=True)
+            root.run(["strip", "-o", target, programs / name], log=step)
+        for script in (source / "kvm/x86").glob("*.sh"):
+            _copy(script, directory / "x86" / script.name)
+    shutil.rmtree(work)
+
+
+def _copy(source, target):
+    if source.is_dir():
+        shutil.copytree(source, target)
+    else:
+        shutil.copy2(source, target)
+
+
+def _add_smaller(kvm):
+    makefile = kvm / "Makefile.kvm"
+    lines = []
+    for program, (macro, value) in SMALLER.items():
+        text = (kvm / f"{program}.c").read_text()
+        text, count = re.subn(rf"^(#define {macro})\s.*$", rf"\1 {value}", text, flags=re.M)
+        if count != 1:
+            raise ui.Error(f"upstream's {program}.c has no {macro} any more: mend SMALLER in {__file__}")
+        (kvm / f"{program}_small.c").write_text(text)
+        lines.append(f"TEST_GEN_PROGS_x86 += {program}_small\n")
+    makefile.write_text(makefile.read_text().replace("TEST_PROGS +=", "".join(lines) + "TEST_PROGS +=", 1))
+
+
+def programs(directory):
+    """The programs of a build, named as upstream names them."""
+    return {str(path.relative_to(directory)): path for path in Path(directory).rglob("*") if path.is_file()}
+
+
+def needed(environment, commands):
+    """What to pack for shell commands: the programs they name, or all when they name none but are a shell's.
+
+    All of them make the initramfs 100 MB larger, which costs seconds of every boot.
+    """
+    directory = ensure(environment)
+    known = programs(directory)
+    named = {name for name in re.findall(rf"{IN_GUEST}/([\w./-]+)", commands) if name in known}
+    if commands and IN_GUEST not in commands:
+        return []
+    if not named:
+        return [(IN_GUEST, directory)]
+    # A script runs the program of its own name.
+    named |= {name.removesuffix(".sh") for name in named} & known.keys()
+    return [(f"{IN_GUEST}/{name}", known[name]) for name in sorted(named)]
