@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: GPL-2.0
+# The commands of rmmu. Kbuild reads the file Kbuild, never this one.
+
+# A user's own kernel: its release, or its prepared source tree.
+KVER ?=
+KDIR ?=
+
+.PHONY: module demo check check-all host-test shell setup refresh fmt clean clean-cache help bootstrap
+# The scripts make use of all processors themselves, and share directories: one at a time.
+.NOTPARALLEL:
+
+module: bootstrap
+	@scripts/build-module $(if $(KVER),--kver '$(KVER)') $(if $(KDIR),--kdir '$(KDIR)')
+
+demo: bootstrap
+	@scripts/demo
+
+check: bootstrap
+	@scripts/check
+
+check-all: bootstrap
+	@scripts/check --all
+
+host-test: bootstrap
+	@scripts/host-test
+
+shell: bootstrap
+	@scripts/vm shell
+
+setup: bootstrap
+	@scripts/setup
+
+refresh: bootstrap
+	@scripts/setup --refresh
+
+fmt: bootstrap
+	@scripts/host-test --fmt
+
+clean:
+	@rm -rf out
+
+clean-cache: bootstrap
+	@scripts/setup --clean
+
+bootstrap:
+	@scripts/bootstrap
+
+help:
+	@echo 'Everything below installs and makes what it needs first; that takes minutes once, and seconds later.'
+	@echo
+	@echo '  make              build kvm_rmmu.ko for the stock kernel into out/RELEASE/'
+	@echo '  make KDIR=TREE    build it for the kernel of a prepared source tree of your own'
+	@echo '  make KVER=RELEASE build it for an installed kernel, through /lib/modules/RELEASE/build'
+	@echo '  make demo         boot a Linux guest on in-tree KVM and on rmmu, side by side'
+	@echo '  make check        all that CI tests: host tests, lints, module build, tests in the VM'
+	@echo '  make check-all    every test in every mode; writes out/selftests.tsv'
+	@echo '  make host-test    tests and lints of the engine, without a VM'
+	@echo '  make shell        a shell in the test VM with the module loaded'
+	@echo '  make setup        only install and make what is needed'
+	@echo '  make refresh      the same, after asking apt for newer packages and a newer kernel'
+	@echo '  make fmt          format the Rust files'
+	@echo '  make clean        delete out/'
+	@echo '  make clean-cache  delete the build root and all else that is kept in the cache'
+	@echo
+	@echo 'Environment: XDG_CACHE_HOME (where the cache is; default ~/.cache), RMMU_MIRROR (the Debian mirror to use).'

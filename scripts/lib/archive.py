@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: GPL-2.0
+"""What Debian's archive offers for the suite we build on, asked through the host's own apt.
+
+apt runs with lists of its own in the cache, and with the host's configuration: proxies, certificates and credentials
+apply as they do to the host. The mirror is the one that serves the host's own Debian suite. RMMU_MIRROR overrides it.
+
+The answer ("the offer") is kept: apt is asked again only when the answer is older than OFFER_DAYS, when what we ask for
+changed, or by `make refresh`. Between these, nothing here touches the network.
+"""
+
+import json
+import os
+import re
+import subprocess
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import cache
+import ui
+
+SUITE = "forky"
+ARCHITECTURE = "amd64"
+OFFER_DAYS = 7
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+SUPPORTED_KERNELS = Path(__file__).resolve().parent.parent / "supported-kernels"
+
+
+@dataclass
+class KernelOffer:
+    """A stock kernel and the packages it is made of; every name is derived from the archive's metadata."""
+    release: str
+    version: str
+    series: str
+    compiler: str
+    packages: dict = field(default_factory=dict)
+
+
+@dataclass
+class Offer:
+    """The archive's answer: versions of the packages asked for, and the stock kernels."""
+    mirror: str
+    valid_until: bool
+    versions: dict
+    kernels: list
+
+
+def supported_series():
+    """The kernel series that rmmu can be built for, from scripts/supported-kernels."""
+    series = []
+    for text in SUPPORTED_KERNELS.read_text().splitlines():
+        text = text.partition("#")[0].strip()
+        if text:
+            series.append(text.split()[0])
+    return series
+
+
+def series_of(version):
+    """The series of a kernel release or package version: 7.2 of 7.2.12-1."""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    return f"{match[1]}.{match[2]}" if match else version
+
+
+def choose_kernel(offer):
+    """The newest supported kernel of the offer."""
+    supported = supported_series()
+    for kernel in offer.kernels:
+        if kernel.series in supported:
+            return kernel
+    names = ", ".join(f"Linux {k.version} ({k.release})" for k in offer.kernels) or "no stock kernel with its source"
+    raise ui.Error(
+        f"Debian {SUITE} offers {names}; rmmu supports the series {', '.join(supported)}. "
+        "Get a version of rmmu whose scripts/supported-kernels lists the kernel's series, or build for a prepared "
+        "source tree of a supported kernel with 'make KDIR=/path/to/tree'.")
+
+
+class _Apt:
+    """apt with a state of its own for one suite on one mirror."""
+
+    def __init__(self, mirror, valid_until):
+        self.mirror = mirror
+        self.valid_until = valid_until
+        self.home = cache.dir() / "apt" / SUITE
+
+    def options(self):
+        home = self.home
+        return [
+            "-o", f"Dir::State={home}/state", "-o", f"Dir::State::status={home}/status",
+            "-o", f"Dir::Cache={home}/cache", "-o", f"Dir::Etc::sourcelist={home}/sources.list",
+            "-o", "Dir::Etc::sourceparts=-", "-o", "Dir::Etc::preferences=-", "-o", "Dir::Etc::preferencesparts=-",
+            "-o", f"APT::Architecture={ARCHITECTURE}", "-o", f"APT::Architectures::={ARCHITECTURE}",
+            "-o", "APT::Get::List-Cleanup=true", "-o", "Acquire::Languages=none", "-o", "Acquire::Retries=3",
+            # A host may have the checks of dates off altogether: the root's are off only if they must be.
+            "-o", "Acquire::Check-Date=true",
+            "-o", f"Acquire::Check-Valid-Until={'true' if self.valid_until else 'false'}",
+            "-o", "APT::Sandbox::User=root",
+        ]
+
+    def prepare(self):
+        for name in ("state/lists/partial", "cache/archives/partial"):
+            (self.home / name).mkdir(parents=True, exist_ok=True)
+        (self.home / "status").touch()
+        (self.home / "sources.list").write_text(f"deb [signed-by={KEYRING}] {self.mirror} {SUITE} main\n")
+
+    def query(self, *argv):
+        done = subprocess.run([argv[0], *self.options(), *argv[1:]], text=True, capture_output=True, check=False)
+        return done.stdout
+
+    def show(self, names):
+        """The archive's control data of packages: name -> fields of the newest version."""
+        found = {}
+        if not names:
+            return found
+        for stanza in self.query("apt-cache", "show", "--no-all-versions", *names).split("\n\n"):
+            fields = dict(re.findall(r"^([A-Za-z0-9-]+): *(.*)$", stanza, re.M))
+            if "Package" in fields and fields["Package"] not in found:
+                found[fields["Package"]] = fields
+        return found
+
+    def names(self, prefix):
+        return self.query("apt-cache", "pkgnames", prefix).split()
+
+
+def host_is_suite():
+    """Whether the host runs the very suite we build on."""
+    try:
+        text = Path("/etc/os-release").read_text()
+    except OSError:
+        return False
+    fields = dict(re.findall(r'^([A-Z_]+)="?([^"\n]*)"?$', text, re.M))
+    return fields.get("ID") == "debian" and fields.get("VERSION_CODENAME") == SUITE
+
+
+def mirror():
+    """The mirror of Debian's main archive that the host uses."""
+    chosen = os.environ.get("RMMU_MIRROR")
+    if chosen:
+        return chosen
+    # The labels come from the lists: apt knows them only after an update.
+    for attempt in ("lists", "update"):
+        done = subprocess.run(["apt-get", "indextargets", "--format", "$(SITE)\t$(ORIGIN)\t$(LABEL)\t$(CODENAME)",
+                               "Created-By: Packages"], text=True, capture_output=True, check=False)
+        rows = [row.split("\t") for row in done.stdout.splitlines() if row.count("\t") == 3]
+        sites = [site for site, origin, label, codename in rows
+                 if origin == "Debian" and label == "Debian" and "-" not in codename]
+        if sites:
+            return _plain_site(sites[0])
+        if attempt == "lists":
+            if os.geteuid() != 0:
+                break
+            host_apt_update()
+    raise ui.Error("the host's apt configuration names no mirror of Debian's main archive. "
+                   "Set RMMU_MIRROR to the URL of one and retry.")
+
+
+def _plain_site(site):
+    # Cloud images name a file with a list of mirrors instead of a mirror.
+    match = re.match(r"mirror\+file:(/.*)", site)
+    if not match:
+        return site
+    try:
+        for text in Path(match[1]).read_text().splitlines():
+            words = text.partition("#")[0].split()
+            if words:
+                return words[0]
+    except OSError as error:
+        raise ui.Error(f"apt's list of mirrors cannot be read: {error}. Set RMMU_MIRROR to the URL of one.") from error
+    raise ui.Error(f"apt's list of mirrors {match[1]} is empty. Set RMMU_MIRROR to the URL of a Debian mirror.")
+
+
+def host_apt_update():
+    """Updates the host's package lists; mirrors fail now and then, so it tries three times."""
+    with ui.step("host: apt-get update", log=cache.log_path("host-apt")) as step:
+        for attempt in range(3):
+            if step.run(["apt-get", "-o", "Acquire::Retries=3", "update"], check=attempt == 2) == 0:
+                return
+            step.note("the update failed; trying again")
+            time.sleep(5)
+
+
+def proxy_options():
+    """The host's apt settings for reaching the network, as lines of an apt configuration file."""
+    done = subprocess.run(["apt-config", "dump"], text=True, capture_output=True, check=False)
+    wanted = re.compile(r"Acquire::(https?|ftp)(::|\s)", re.I)
+    return [text for text in done.stdout.splitlines() if wanted.match(text) and not text.endswith('"";')]
+
+
+def _update(apt):
+    """Fetches the suite's lists. An expired Release file is accepted in a second try, and said."""
+    log = cache.log_path("archive")
+    with ui.step(f"archive: asking apt what Debian {SUITE} offers", log=log) as step:
+        apt.prepare()
+        for attempt in range(4):
+            code = step.run(["apt-get", *apt.options(), "-o", "APT::Update::Error-Mode=any", "update"], check=False)
+            if code == 0:
+                return
+            text = ui.tail(log)
+            if apt.valid_until and re.search(r"expired|Valid-Until", text):
+                step.note(f"the mirror's Release file of {SUITE} is past its Valid-Until date (the mirror lags). "
+                          "Going on without that check, for the build root only; signatures are still verified.")
+                apt.valid_until = False
+            elif attempt < 3:
+                step.note("apt-get update failed; trying again")
+                time.sleep(5)
+        hint = ""
+        if "NO_PUBKEY" in text:
+            hint = f"The host's {KEYRING} is too old for {SUITE}: upgrade the package debian-archive-keyring.\n"
+        raise ui.Error(f"apt cannot fetch the lists of Debian {SUITE}.\n{hint}"
+                       f"--- end of {log} ---\n{text}")
+
+
+def _kernels(apt):
+    """The suite's stock kernels, newest first, that have headers and source of the very same version."""
+    pattern = re.compile(rf"linux-image-(\d.*-{ARCHITECTURE})")
+    releases = [match[1] for name in apt.names("linux-image-") if (match := pattern.fullmatch(name))
+                and not re.search(rf"-(rt|cloud|dbg|unsigned)-", match[1])]
+    images = apt.show([f"linux-image-{release}" for release in releases])
+    kernels = []
+    for release in releases:
+        image = images.get(f"linux-image-{release}")
+        if not image:
+            continue
+        version, series = image["Version"], series_of(image["Version"])
+        parts = re.findall(r"linux-(?:base|binary|modules)-" + re.escape(release), image.get("Depends", ""))
+        names = [f"linux-image-{release}", *sorted(set(parts)), f"linux-headers-{release}", f"linux-source-{series}"]
+        found = apt.show(names)
+        # Right after an upload the parts can differ: such a kernel cannot be built for.
+        if any(found.get(name, {}).get("Version") != version for name in names):
+            continue
+        compiler = re.search(r"\bgcc-\d+[a-z0-9-]*", found[f"linux-headers-{release}"].get("Depends", ""))
+        kernels.append(KernelOffer(release, version, series, compiler[0] if compiler else "gcc",
+                                   {name: found[name]["Version"] for name in names}))
+    return _newest_first(kernels)
+
+
+def _newest_first(kernels):
+    ordered = []
+    for kernel in kernels:
+        place = 0
+        while place < len(ordered) and subprocess.run(
+                ["dpkg", "--compare-versions", ordered[place].version, "gt", kernel.version], check=False).returncode == 0:
+            place += 1
+        ordered.insert(place, kernel)
+    return ordered
+
+
+def ask(names):
+    """Asks apt now, through the network."""
+    apt = _Apt(mirror(), True)
+    _update(apt)
+    kernels = _kernels(apt)
+    wanted = sorted(set(names) | {kernel.compiler for kernel in kernels})
+    found = apt.show(wanted)
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise ui.Error(f"Debian {SUITE} at {apt.mirror} has no package {', '.join(missing)}. "
+                       "The mirror may be incomplete: set RMMU_MIRROR to another one and run 'make refresh'.")
+    return Offer(apt.mirror, apt.valid_until, {name: fields["Version"] for name, fields in found.items()}, kernels)
+
+
+def _offer_path():
+    return cache.dir() / "offer.json"
+
+
+def load(names, max_age_days=None):
+    """The offer that was kept, or None if there is none, it is too old or it does not answer for these packages."""
+    try:
+        kept = json.loads(_offer_path().read_text())
+        offer = Offer(kept["mirror"], kept["valid_until"], kept["versions"],
+                      [KernelOffer(**kernel) for kernel in kept["kernels"]])
+        age_days = (time.time() - kept["time"]) / 86400
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if max_age_days is not None and not -1 <= age_days <= max_age_days:
+        return None
+    override = os.environ.get("RMMU_MIRROR")
+    if (override and override != offer.mirror) or any(name not in offer.versions for name in names):
+        return None
+    return offer
+
+
+def save(offer):
+    """Keeps an offer until it is too old."""
+    text = json.dumps({"time": time.time(), **asdict(offer)}, indent=1)
+    partial = _offer_path().with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(text + "\n")
+    os.replace(partial, _offer_path())
+
+
+def discard():
+    """Forgets the offer, so that the next run asks apt."""
+    _offer_path().unlink(missing_ok=True)
+
+
+def download(offer, packages, directory, step):
+    """Fetches packages, {name: version}, into a directory; apt verifies them against the signed lists."""
+    apt = _Apt(offer.mirror, offer.valid_until)
+    wanted = [f"{name}={version}" for name, version in packages.items()]
+    command = ["apt-get", *apt.options(), "download", *wanted]
+    if step.run(command, cwd=directory, check=False) == 0:
+        return
+    step.note("the download failed; updating the lists and trying again")
+    apt.prepare()
+    step.run(["apt-get", *apt.options(), "update"], check=False)
+    step.run(command, cwd=directory)

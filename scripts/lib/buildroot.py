@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: GPL-2.0
+"""The build root: a Debian root directory with the compilers, QEMU and libraries that building and testing need.
+
+On a host that runs the suite itself the root is "/", and the packages are installed with apt-get. On any other host
+mmdebstrap makes a root in the cache, keyed by the packages, their versions and the way it is made.
+
+Commands run in the root in a mount namespace of their own, so nothing stays mounted when they end, however they end.
+The project, the cache and /tmp are seen there under the paths that they have on the host.
+"""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import archive
+import cache
+import ui
+
+PROJECT = Path(__file__).resolve().parent.parent.parent
+PACKAGE_LIST = PROJECT / "scripts" / "root-packages"
+GIGABYTES = 5
+
+# What the root is made with. All of it is part of the root's key.
+MMDEBSTRAP_OPTIONS = [
+    "--mode=root", "--variant=apt", "--format=directory", f"--architectures={archive.ARCHITECTURE}", "--verbose",
+    '--aptopt=Acquire::Retries "3"',
+    # The root can be made again at any time: it need not survive a power cut while it is made.
+    "--dpkgopt=force-unsafe-io",
+    # Unused and large: documentation, static LLVM libraries, the parts of Rust's source that are not its library.
+    "--dpkgopt=path-exclude=/usr/share/doc/*", "--dpkgopt=path-exclude=/usr/share/man/*",
+    "--dpkgopt=path-exclude=/usr/share/info/*", "--dpkgopt=path-exclude=/usr/share/locale/*",
+    "--dpkgopt=path-exclude=/usr/share/lintian/*", "--dpkgopt=path-exclude=/usr/lib/llvm-*/lib/*.a",
+    "--dpkgopt=path-exclude=/usr/src/rustc-*/src/*", "--dpkgopt=path-exclude=/usr/src/rustc-*/compiler/*",
+    "--dpkgopt=path-include=/usr/src/rustc-*/library/*",
+]
+
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+# Variables of the caller that commands in the root get: how to reach the network, and knobs of tests.
+PASSED = re.compile(r"(?i)(https?|ftp|all|no)_proxy$|(TERM|CI|NO_COLOR|RUST_BACKTRACE|RMMU_\w+|PROPTEST_\w+|LOOM_\w+|"
+                    r"CARGO_(HTTP|NET|REGISTR)\w+)$")
+
+ENTER = Path(__file__).resolve().parent / "enter-root.sh"
+
+
+class Root:
+    """A place to run commands in; `path` is its directory on the host."""
+
+    def __init__(self, path, key):
+        self.path = Path(path)
+        self.key = key
+
+    @property
+    def is_host(self):
+        return str(self.path) == "/"
+
+    def argv(self, argv, cwd=None, env=None, binds=()):
+        """The host command that runs `argv` in the root. It replaces itself: its process is the command's."""
+        command = ["env", "-i", f"--chdir={cwd or PROJECT}",
+                   *(f"{name}={value}" for name, value in self._environment(env).items()), *map(str, argv)]
+        if self.is_host:
+            return command
+        mounts = []
+        for kind, source, target in self._mounts(binds):
+            mounts += [kind, str(source), str(target)]
+        return ["unshare", "--mount", "--propagation", "private", "--", str(ENTER), str(self.path),
+                *mounts, "--", *command]
+
+    def _environment(self, env):
+        passed = {name: value for name, value in os.environ.items() if PASSED.match(name)}
+        home = os.environ.get("HOME", "/root") if self.is_host else "/root"
+        return {"PATH": PATH, "HOME": home, "LANG": "C.UTF-8", **passed, **(env or {})}
+
+    def _mounts(self, binds):
+        for path in ("/dev", "/proc", "/sys"):
+            yield "tree", path, path
+        # Names are looked up and certificates are trusted as on the host.
+        for path in ("/etc/resolv.conf", "/etc/hosts", "/etc/ssl/certs/ca-certificates.crt"):
+            if os.path.exists(path):
+                yield "ro", os.path.realpath(path), path
+        for path in ("/tmp", PROJECT, cache.dir()):
+            yield "rw", path, path
+        for bind in binds:
+            if isinstance(bind, (str, Path)):
+                bind = (bind, bind)
+            yield (bind[2] if len(bind) > 2 else "rw"), bind[0], bind[1]
+
+    def sees(self, path, binds=()):
+        """Whether commands in the root see that host path under its own name."""
+        shown = [target for kind, source, target in self._mounts(binds) if str(source) == str(target)]
+        return self.is_host or any(Path(path).is_relative_to(target) for target in shown)
+
+    def run(self, argv, cwd=None, env=None, binds=(), log=None, check=True, capture=False, stdin=None, timeout=None):
+        """Runs a command in the root.
+
+        Its output goes to ours, to the file `log`, to the log of the ui.Step `log`, or with `capture` into the
+        result's stdout. A failure is a ui.Error unless `check` is off. Without `stdin` it reads nothing.
+        """
+        command = self.argv(argv, cwd, env, binds)
+        if isinstance(log, ui.Step):
+            code = log.run(command, check=False, shown=argv)
+            if check and code != 0:
+                raise ui.Error(_failure(argv, code, log.log))
+            return subprocess.CompletedProcess(argv, code)
+        output = open(log, "ab") if log else (subprocess.PIPE if capture else None)
+        try:
+            done = subprocess.run(command, stdin=subprocess.DEVNULL if stdin is None else stdin, stdout=output,
+                                  stderr=subprocess.STDOUT if log else None, text=True, timeout=timeout,
+                                  pass_fds=tuple(ui.KEEP_FDS), check=False)
+        finally:
+            if log:
+                output.close()
+        if check and done.returncode != 0:
+            raise ui.Error(_failure(argv, done.returncode, log))
+        return done
+
+
+def _failure(argv, code, log):
+    text = f"'{ui.brief(argv)}' failed (exit {code})"
+    return text + (f"\n--- end of {log} ---\n{ui.tail(log)}\n--- (whole log: {log})" if log else "")
+
+
+def package_names():
+    """The packages named in scripts/root-packages."""
+    lines = (text.partition("#")[0].strip() for text in PACKAGE_LIST.read_text().splitlines())
+    return sorted({text for text in lines if text})
+
+
+def offer(refresh=False):
+    """What apt offers us; from the cache while that is recent, so that a warm run needs no network."""
+    names = package_names()
+    if not refresh:
+        kept = archive.load(names, archive.OFFER_DAYS)
+        if kept:
+            return kept
+    old = archive.load(names)
+    try:
+        new = archive.ask(names)
+        archive.choose_kernel(new)
+    except ui.Error as error:
+        # What is complete here still works when the mirror is away, or when the suite has moved past us.
+        if old is None or not _is_ready(old):
+            raise
+        ui.note(f"using the build root and kernel of an earlier set-up, because: {str(error).splitlines()[0]}")
+        return old
+    archive.save(new)
+    return new
+
+
+def _compiler_and_packages(an_offer):
+    kernel = archive.choose_kernel(an_offer)
+    return sorted({*package_names(), kernel.compiler})
+
+
+def _key_parts(an_offer):
+    packages = {name: an_offer.versions[name] for name in _compiler_and_packages(an_offer)}
+    return archive.SUITE, packages, MMDEBSTRAP_OPTIONS
+
+
+def _is_ready(an_offer):
+    if archive.host_is_suite():
+        return True
+    try:
+        return cache.is_complete("root", *_key_parts(an_offer))
+    except (ui.Error, KeyError):
+        return False
+
+
+def ensure(refresh=False):
+    """The build root, made if need be."""
+    found = offer(refresh)
+    if archive.host_is_suite():
+        return _host_root(_compiler_and_packages(found))
+    if os.geteuid() != 0:
+        raise ui.Error("building and testing happen in a Debian root that is entered with mount and chroot, which only "
+                       "root can do here. Run the command as root (for example with sudo).")
+    parts = _key_parts(found)
+    if not cache.is_complete("root", *parts):
+        cache.require_space(GIGABYTES, "the set-up")
+    path = cache.keyed("root", *parts, build=lambda directory: _make_root(directory, found, parts[1]))
+    return Root(path / "rootfs", cache.hash_key(*parts))
+
+
+def installed(root_path, names):
+    """Versions of packages in a root, {name: version}; packages which are not wholly installed are left out."""
+    command = ["dpkg-query", "--admindir", f"{str(root_path).rstrip('/')}/var/lib/dpkg",
+               "-W", "-f", "${db:Status-Abbrev}\t${Package}\t${Version}\n", *names]
+    done = subprocess.run(command, text=True, capture_output=True, check=False)
+    rows = [row.split("\t") for row in done.stdout.splitlines()]
+    return {row[1]: row[2] for row in rows if row[0].startswith("ii")}
+
+
+def _host_root(packages):
+    have = installed("/", packages)
+    missing = [name for name in packages if name not in have]
+    if missing:
+        install_on_host(missing)
+        have = installed("/", packages)
+    return Root("/", cache.hash_key("host", archive.SUITE, have))
+
+
+def install_on_host(packages):
+    """Installs packages on the host."""
+    if os.geteuid() != 0:
+        raise ui.Error(f"these packages are missing: {' '.join(packages)}. "
+                       f"Run this as root once, or install them with: apt-get install {' '.join(packages)}")
+    archive.host_apt_update()
+    with ui.step(f"host: installing {len(packages)} packages", log=cache.log_path("host-apt")) as step:
+        step.run(["env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-o", "Acquire::Retries=3", "install", "--yes",
+                  "--no-install-recommends", *packages])
+
+
+def _make_root(directory, found, packages):
+    log = cache.log_path("root")
+    if not archive.KEYRING.exists():
+        raise ui.Error(f"{archive.KEYRING} is missing. Install the package debian-archive-keyring.")
+    target = directory / "rootfs"
+    options = [f"--aptopt={text}" for text in archive.proxy_options()]
+    if not found.valid_until:
+        options.append('--aptopt=Acquire::Check-Valid-Until "false"')
+    source = f"deb [signed-by={archive.KEYRING}] {found.mirror} {archive.SUITE} main"
+    with ui.step(f"build root: installing Debian {archive.SUITE} with {len(packages)} packages (1 to 3 minutes)",
+                 log=log) as step:
+        step.run(["mmdebstrap", *MMDEBSTRAP_OPTIONS, *options, f"--include={','.join(packages)}",
+                  archive.SUITE, str(target), source])
+    if installed(target, packages) != packages:
+        archive.discard()
+        raise ui.Error("the archive changed while the build root was made. Run the same command again.")

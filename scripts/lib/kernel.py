@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: GPL-2.0
+"""The kernel that the module is built for and tested on: Debian's stock kernel, or a tree of the user's own.
+
+The stock kernel's packages are unpacked into the cache, not installed: no boot loader and no initrd is touched, on no
+host. Debian's headers lack what Rust modules need, so the kernel's source is prepared with the stock configuration
+and the compilers that built the stock kernel. What comes out is compared with the stock kernel: the configuration
+line by line, and the names of the Rust symbols it exports, which contain a hash of compiler and crate.
+"""
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import archive
+import buildroot
+import cache
+import ui
+
+OUT = buildroot.PROJECT / "out"
+MODULE = "kvm_rmmu.ko"
+
+LIB = Path(__file__).resolve().parent
+UNPACK_SOURCE = LIB / "unpack-source.sh"
+PREPARE_TREE = LIB / "prepare-tree.sh"
+
+
+@dataclass
+class Kernel:
+    """A kernel to build for. Only a stock kernel has an image and modules."""
+    release: str
+    series: str
+    tree: Path
+    cc: str
+    key: str
+    vmlinuz: Path | None = None
+    modules_dir: Path | None = None
+
+    @property
+    def tree_host(self):
+        """The tree's path on the host, which is the same as in the root."""
+        return self.tree
+
+    @property
+    def config(self):
+        return self.tree / ".config"
+
+
+def read_config(path):
+    """A kernel configuration as {option: value}."""
+    text = Path(path).read_text()
+    options = dict(re.findall(r"^(CONFIG_\w+)=(.*)$", text, re.M))
+    options.update({name: "n" for name in re.findall(r"^# (CONFIG_\w+) is not set$", text, re.M)})
+    return options
+
+
+def compiler_of(config):
+    """The C compiler that a configuration was made with, as a command."""
+    return config.get("CONFIG_CC_VERSION_TEXT", '"gcc').strip('"').split()[0]
+
+
+def _stock_key_parts(root, chosen):
+    return root.key, chosen.packages, cache.file_key(UNPACK_SOURCE, PREPARE_TREE)
+
+
+def ensure(root):
+    """Debian's stock kernel with a prepared build tree, made if need be."""
+    found = buildroot.offer()
+    chosen = archive.choose_kernel(found)
+    parts = _stock_key_parts(root, chosen)
+    if not cache.is_complete("kernel", *parts):
+        cache.require_space(buildroot.GIGABYTES / 2, "the kernel's build tree")
+    entry = cache.keyed("kernel", *parts, build=lambda directory: _make(directory, root, found, chosen))
+    tree = entry / "tree"
+    modules = entry / "image" / "usr" / "lib" / "modules" / chosen.release
+    return Kernel(chosen.release, chosen.series, tree, compiler_of(read_config(tree / ".config")),
+                  cache.hash_key(*parts), modules / "vmlinuz", modules)
+
+
+def _make(entry, root, found, chosen):
+    debs, image, tree = entry / "debs", entry / "image", entry / "tree"
+    debs.mkdir()
+    (image / "usr" / "lib").mkdir(parents=True)
+    # Debian's packages name /usr/lib; tools that are given this directory as a root look in /lib.
+    (image / "lib").symlink_to("usr/lib")
+    release = chosen.release
+    with ui.step(f"kernel: fetching Linux {chosen.version} ({release})", log=cache.log_path("kernel-fetch")) as step:
+        archive.download(found, chosen.packages, debs, step)
+    with ui.step("kernel: unpacking image, modules and headers", log=cache.log_path("kernel-unpack")) as step:
+        for deb in sorted(debs.glob("*.deb")):
+            if not deb.name.startswith("linux-source-"):
+                root.run(["dpkg-deb", "--extract", deb, image], log=step)
+        root.run(["depmod", "-b", image, release], log=step)
+        if not (image / "usr/lib/modules" / release / "vmlinuz").exists():
+            raise ui.Error(f"the packages of {release} hold no vmlinuz where this version of rmmu looks for it.")
+    with ui.step("kernel: unpacking the source", log=cache.log_path("kernel-source")) as step:
+        source, = debs.glob("linux-source-*.deb")
+        root.run([UNPACK_SOURCE, source, tree], log=step)
+    shutil.rmtree(debs)
+    with ui.step("kernel: preparing the build tree (1 to 2 minutes)", log=cache.log_path("kernel-prepare")) as step:
+        headers = image / "usr" / "src" / f"linux-headers-{release}"
+        stock = headers / ".config"
+        shutil.copy(stock, tree / ".config")
+        shutil.copy(headers / "Module.symvers", tree / "Module.symvers")
+        cc = compiler_of(read_config(stock))
+        root.run([PREPARE_TREE, tree, release, ui.jobs(), cc], log=step)
+        _compare_with_stock(tree, stock)
+
+
+def _compare_with_stock(tree, stock):
+    """Refuses a tree whose modules would not fit the stock kernel."""
+    want, have = read_config(stock), read_config(tree / ".config")
+    changed = [f"{name}: stock {want.get(name, 'absent')}, tree {have.get(name, 'absent')}"
+               for name in sorted(want.keys() | have.keys())
+               if want.get(name, "n") != have.get(name, "n") and name not in ("CONFIG_BUILD_SALT",)]
+    if changed:
+        raise ui.Error("the build tree's configuration differs from the stock kernel's, most likely because the build "
+                       "root has other compilers than the kernel was built with. Run 'make refresh' to bring both up "
+                       "to date.\n  " + "\n  ".join(changed[:20]))
+    exported = set()
+    for path in (tree / "rust").glob("exports_*_generated.h"):
+        exported |= set(re.findall(r"^EXPORT_SYMBOL_RUST_GPL\((\w+)\);", path.read_text(), re.M))
+    known = {text.split("\t")[1] for text in (tree / "Module.symvers").read_text().splitlines() if "\t" in text}
+    strange = sorted(exported - known)
+    if not exported or strange:
+        raise ui.Error(f"{len(strange)} of {len(exported)} Rust symbols of the build tree are not the stock kernel's "
+                       f"(the first: {strange[0] if strange else 'none found'}): the build root's rustc is not the one "
+                       "that built the kernel. Run 'make refresh' to bring both up to date.")
+
+
+def from_tree(kdir):
+    """The kernel of a prepared tree of the user's own, after checking that a Rust module can be built with it."""
+    tree = Path(kdir).resolve()
+    advice = "See 'Building for your own kernel' in Documentation/building.rst."
+    if not (tree / "Makefile").exists():
+        raise ui.Error(f"{kdir} is not a kernel build tree. {advice}")
+    config_path = tree / ".config"
+    if not config_path.exists():
+        raise ui.Error(f"{kdir} has no .config: configure and prepare the tree first. {advice}")
+    config = read_config(config_path)
+    for option in ("CONFIG_RUST", "CONFIG_KVM", "CONFIG_KALLSYMS", "CONFIG_DYNAMIC_FTRACE_WITH_DIRECT_CALLS"):
+        if config.get(option, "n") == "n":
+            raise ui.Error(f"{kdir} is configured without {option}, which rmmu needs. "
+                           f"Enable it, rebuild that kernel and boot it. {advice}")
+    release_path = tree / "include" / "config" / "kernel.release"
+    metadata = tree / "rust" / "libkernel.rmeta"
+    if not release_path.exists() or not metadata.exists():
+        raise ui.Error(f"{kdir} lacks Rust metadata ({metadata.relative_to(tree)}): distributions' header packages "
+                       "do not carry it. Unpack that kernel's source, install its .config and Module.symvers, run "
+                       f"'make olddefconfig prepare modules_prepare' and point KDIR there. {advice}")
+    for private in ("virt/kvm/kvm_mm.h", "arch/x86/kvm/mmu/mmu_internal.h"):
+        if not (tree / private).exists():
+            raise ui.Error(f"{kdir} lacks {private}: rmmu needs the kernel's full source, not its headers only.")
+    release = release_path.read_text().strip()
+    series = archive.series_of(release)
+    if series not in archive.supported_series():
+        raise ui.Error(f"{release} is not a kernel that rmmu supports. Supported series: "
+                       f"{', '.join(archive.supported_series())} (scripts/supported-kernels).")
+    return Kernel(release, series, tree, compiler_of(config), cache.hash_key(str(tree), release_path.stat().st_mtime))
+
+
+def select(root, kver=None, kdir=None):
+    """The kernel that KVER= and KDIR= name; the stock kernel without them."""
+    if kdir:
+        chosen = from_tree(kdir)
+        if kver and kver != chosen.release:
+            raise ui.Error(f"KDIR={kdir} is a tree of {chosen.release}, not of KVER={kver}. Give one of them only.")
+        _require_same_rustc(root, chosen)
+        return chosen
+    if not kver:
+        return ensure(root)
+    if any(kver == kernel.release for kernel in buildroot.offer().kernels):
+        stock = ensure(root)
+        if stock.release == kver:
+            return stock
+    series = archive.series_of(kver)
+    if series not in archive.supported_series():
+        raise ui.Error(f"KVER={kver} is not a kernel that rmmu supports. Supported series: "
+                       f"{', '.join(archive.supported_series())} (scripts/supported-kernels).")
+    build = Path("/lib/modules") / kver / "build"
+    if not build.exists():
+        raise ui.Error(f"KVER={kver}: {build} does not exist, and Debian {archive.SUITE} does not offer that kernel. "
+                       "Give its prepared source tree with KDIR=.")
+    return select(root, kver, build)
+
+
+def _require_same_rustc(root, kernel):
+    want = read_config(kernel.config).get("CONFIG_RUSTC_VERSION_TEXT", "").strip('"')
+    have = root.run(["rustc", "--version"], capture=True).stdout.strip()
+    if want != have:
+        raise ui.Error(f"{kernel.tree} was prepared with '{want}', and the build root has '{have}'. Rust modules need "
+                       "the very same compiler: prepare the tree inside the build root ('scripts/in-root --rw-bind "
+                       f"{kernel.tree} make -C {kernel.tree} prepare modules_prepare').")
+
+
+def build_module(root, kernel):
+    """Builds kvm_rmmu.ko for a kernel; returns its path. A build that prints a warning fails."""
+    build = OUT / f"build-{kernel.release}"
+    product = OUT / kernel.release / MODULE
+    log = OUT / "logs" / f"module-{kernel.release}.log"
+    OUT.mkdir(exist_ok=True)
+    with cache.locked(OUT / f"build-{kernel.release}.lock", "the module"):
+        stamp = build / "kernel-key"
+        if build.exists() and (not stamp.exists() or stamp.read_text() != kernel.key):
+            cache.remove_tree(build)
+        build.mkdir(exist_ok=True)
+        stamp.write_text(kernel.key)
+        with ui.step(f"module: building {MODULE} for {kernel.release}", log=log) as step:
+            root.run(["make", "-C", kernel.tree, f"M={buildroot.PROJECT}", f"MO={build}", f"CC={kernel.cc}",
+                      f"KERNELRELEASE={kernel.release}", "-j", ui.jobs(), "modules"],
+                     binds=[] if kernel.modules_dir else [kernel.tree], log=step)
+            warnings = find_warnings(log.read_text(errors="replace"))
+            if warnings:
+                # The objects go too: else the next build would have nothing to do, and pass.
+                cache.remove_tree(build)
+                raise ui.Error(f"the build printed {len(warnings)} warnings, and none is allowed:\n  "
+                               + "\n  ".join(warnings[:20]) + f"\n(whole log: {log})")
+            if not (build / MODULE).exists():
+                raise ui.Error(f"the build made no {MODULE}\n--- end of {log} ---\n{ui.tail(log)}")
+            product.parent.mkdir(exist_ok=True)
+            partial = product.with_suffix(".partial")
+            shutil.copy(build / MODULE, partial)
+            os.replace(partial, product)
+    return product
+
+
+def find_warnings(text):
+    """The lines of a build's output that are warnings of a compiler, of objtool, of modpost or of make."""
+    return [line.strip() for line in text.splitlines()
+            if re.search(r"(^|[\s:])warning(\[\w+\])?:", line, re.I)]
