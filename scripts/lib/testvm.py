@@ -40,7 +40,7 @@ class Config:
     load: list = field(default_factory=lambda: ["kvm-amd"])
     pack: list = field(default_factory=list)
     files: list = field(default_factory=list)
-    hugepages: int = 160
+    hugepages: int = 0
     machine: qemu.Options = field(default_factory=qemu.Options)
 
     def options(self):
@@ -85,7 +85,8 @@ def pack(config, kernel_modules, busybox, interactive=False):
             archive.tree(path, source)
         else:
             archive.file(path, source)
-    params = {name: [] for name in ("kvm", "kvm_amd")}
+    # Upstream's emulator tests need the prefix that forces emulation.
+    params = {"kvm": ["force_emulation_prefix=1"]}
     for chosen in (MODES[config.mode], config.kernel_params):
         for name, value in chosen.items():
             params.setdefault(name.replace("-", "_"), []).append(value)

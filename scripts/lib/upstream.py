@@ -9,8 +9,6 @@ import cache
 import ui
 
 IN_GUEST = "/kvm"
-# Upstream's rseq test is built on the rseq selftests' headers, and all of them on the uapi headers.
-KVM = "tools/testing/selftests/kvm"
 
 # Two tests repeat one thing so often that an emulator needs minutes for it. Of these a
 # second program is built that does the same less often: {program: (macro, smaller value)}.
@@ -33,18 +31,21 @@ _RECIPE = """
 set -e
 tree=$1 work=$2 jobs=$3
 make -s -C "$tree" CC="$4" headers_install INSTALL_HDR_PATH="$work/uapi"
-exec make -C "$work/selftests/kvm" -j "$jobs" CC="$4" top_srcdir="$tree" \
+exec make -s -C "$work/tools/testing/selftests/kvm" -j "$jobs" CC="$4" top_srcdir="$tree" \
     OUTPUT="$work/programs" EXTRA_CFLAGS="-static -w" KHDR_INCLUDES="-isystem $work/uapi/include" all
 """
 
 
 def _build(directory, kernel, root):
     work = directory / "work"
-    # A copy, for the tree belongs to the kernel's cache entry and smaller variants are added.
-    source = work / "selftests"
-    source.mkdir(parents=True)
     tree = kernel.tree_host
-    for name in ("kvm", "rseq", "cgroup", "lib.mk"):
+    # A copy, for the tree belongs to the kernel's cache entry and smaller variants are added.
+    source = work / "tools/testing/selftests"
+    source.mkdir(parents=True)
+    for name in ("arch", "build", "include", "lib", "scripts"):
+        (work / "tools" / name).symlink_to(tree / "tools" / name)
+    # Some tests use the headers of other tests next to them.
+    for name in ("kvm", "rseq", "cgroup", "clone3", "lib.mk"):
         _copy(tree / "tools/testing/selftests" / name, source / name)
     for path in (tree / "tools/testing/selftests").glob("*.h"):
         _copy(path, source / path.name)

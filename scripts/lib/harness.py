@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: GPL-2.0
+"""Run a list of tests in the test VM: in as few boots as possible, whatever the tests do to it.
+
+A test fails when its exit code or its TAP says so, when its time is up, when the kernel
+warned while it ran, and, with rmmu loaded, when it left a VM or a page-table page behind.
+A VM that died or hung fails the test that ran and is booted again for the next one.
+"""
+
+import re
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import kmsg
+import tap
+import testvm
+
+STATS = "/sys/kernel/debug/rmmu/stats"
+# Page-table pages are freed after an RCU grace period.
+SETTLE_SECONDS = 10
+
+
+@dataclass
+class Outcome:
+    """What became of one test."""
+
+    test: object
+    result: str
+    why: str
+    seconds: float
+    owned_vms: int = None
+    output: str = ""
+    log: Path = None
+    skipped_checks: list = field(default_factory=list)
+
+
+class Runner:
+    """Runs tests under one configuration; boots VMs as needed. A context manager."""
+
+    def __init__(self, environment, config, log_dir, strict_tap=False):
+        self._environment = environment
+        self._config = config
+        self._logs = Path(log_dir)
+        self._strict = strict_tap
+        self._vm = None
+        self._boots = 0
+        self._logs.mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._end_vm()
+
+    @property
+    def boots(self):
+        return self._boots
+
+    def run(self, test):
+        """One test, to its outcome."""
+        if "alone" in test.tags:
+            self._end_vm()
+        started = time.monotonic()
+        try:
+            outcome = self._run(test)
+        except testvm.Crashed as crash:
+            self._end_vm()
+            outcome = Outcome(test, "FAIL", crash.reason, time.monotonic() - started,
+                              output=f"{crash.output}\n{testvm.describe_crash(crash)}")
+        if "alone" in test.tags:
+            self._end_vm()
+        outcome.log = self._logs / (re.sub(r"[^\w.=-]+", "_", test.name) + ".log")
+        outcome.log.write_text(f"$ {test.command}\n{outcome.output}\n"
+                               f"# {outcome.result} {outcome.why} ({outcome.seconds:.1f} s)\n")
+        return outcome
+
+    def command(self, command, limit=60):
+        """A command that is no test, in the VM of the tests; its result."""
+        return self._booted().run(command, limit)
+
+    def _booted(self):
+        if self._vm is None:
+            self._boots += 1
+            console = self._logs / f"console-{self._boots}.log"
+            self._vm = testvm.TestVm(self._environment, self._config, console)
+            problems = kmsg.problems(self._vm.boot_kernel_log)
+            if problems or "rmmu-vm: cannot load" in self._vm.boot_kernel_log:
+                log = self._vm.boot_kernel_log
+                self._end_vm()
+                raise testvm.Crashed("the VM booted with errors", log)
+        return self._vm
+
+    def _end_vm(self):
+        if self._vm:
+            self._vm.close()
+            self._vm = None
+
+    def _run(self, test):
+        vm = self._booted()
+        before = self._stats() if self._config.module else None
+        done = vm.run(test.command, test.limit)
+        result, why = tap.verdict(done.code, done.output, self._strict)
+        problems = kmsg.problems(done.kernel, allow_rmmu_errors="errors" in test.tags)
+        output = done.output
+        if problems:
+            result, why = "FAIL", f"kernel: {problems[0].strip()}" + (f" (and: {why})" if why else "")
+        if result != "PASS":
+            output += f"\n--- kernel messages ---\n{done.kernel}"
+        outcome = Outcome(test, result, why, done.seconds, output=output,
+                          skipped_checks=tap.skipped_checks(done.output))
+        if before is not None:
+            self._judge_rmmu(outcome, before)
+        return outcome
+
+    def _stats(self):
+        """rmmu's counters; empty when the module is not loaded."""
+        text = self._vm.run(f"cat {STATS} 2>/dev/null", 10).output
+        return {name: int(value) for name, value in re.findall(r"^(\w+) (\d+)$", text, re.MULTILINE)}
+
+    def _judge_rmmu(self, outcome, before):
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while True:
+            now = self._stats()
+            left = {name: now.get(name) for name in ("vms_owned", "table_pages", "roots") if now.get(name, 0)}
+            if not left or time.monotonic() > deadline:
+                break
+            time.sleep(0.2)
+        problem = ""
+        if not now:
+            problem = "rmmu is not loaded any more"
+            # What follows must not run on in-tree KVM by mistake.
+            self._end_vm()
+        elif left:
+            problem = "left behind: " + ", ".join(f"{name} {value}" for name, value in left.items())
+            self._end_vm()
+        else:
+            outcome.owned_vms = now.get("vms_owned_total", 0) - before.get("vms_owned_total", 0)
+            if outcome.owned_vms == 0 and outcome.result == "PASS" and "no-vm" not in outcome.test.tags:
+                problem = "rmmu served none of its VMs"
+        if problem:
+            outcome.result = "FAIL"
+            outcome.why = f"{problem} (and: {outcome.why})" if outcome.why else problem
+
+
+def for_rmmu(config, module, params="own_new_vms=1"):
+    """A configuration with rmmu on top."""
+    return replace(config, module=Path(module), module_params=params)
