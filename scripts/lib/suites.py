@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: GPL-2.0
+"""The suites that run in the test VM: ours and upstream's, on in-tree KVM and on rmmu, a mode at a time."""
+
+import fnmatch
+from dataclasses import dataclass
+from pathlib import Path
+
+import guest
+import harness
+import owntests
+import qemu
+import report
+import testlist
+import testvm
+import ui
+import upstream
+
+UPSTREAM_LIST = owntests.SOURCE / "upstream.list"
+UPSTREAM_EXPECTED = owntests.SOURCE / "expected" / "kvm-selftests.tsv"
+
+# One of upstream's tests wants 1 GiB of huge pages; another fills 1 GiB.
+HUGEPAGES = 560
+MEMORY = "6G"
+RETRIES = 2
+
+
+@dataclass(frozen=True)
+class Suite:
+    name: str
+    tests: list
+    expected: testlist.Expectations
+    strict_tap: bool
+
+
+def load():
+    """Both suites, ours first."""
+    return [
+        Suite("rmmu", testlist.read(owntests.list_path()), testlist.read_expected(owntests.expected_path()), True),
+        Suite("kvm", testlist.read(UPSTREAM_LIST), testlist.read_expected(UPSTREAM_EXPECTED), False),
+    ]
+
+
+def select(tests, on_rmmu, slow, pattern):
+    """The tests of a list that this run wants."""
+    return [test for test in tests
+            if (on_rmmu or "rmmu" not in test.tags)
+            and (slow or "slow" not in test.tags)
+            and (not pattern or pattern in test.name or fnmatch.fnmatch(test.name, pattern))]
+
+
+def run(environment, suite, mode, module, tally, logs, slow=False, pattern=None):
+    """Run a suite in a mode, on rmmu when there is a module; results go into the tally."""
+    who = "rmmu" if module else "in-tree"
+    tests = select(suite.tests, bool(module), slow, pattern)
+    plain = [test for test in tests if "demo" not in test.tags]
+    with_guest = [test for test in tests if "demo" in test.tags]
+    for group, files in ((plain, []), (with_guest, guest.files)):
+        if group:
+            extra = files(environment) if callable(files) else files
+            _run_group(environment, suite, group, mode, module, who, tally, Path(logs), extra)
+
+
+def _run_group(environment, suite, tests, mode, module, who, tally, logs, extra):
+    commands = " ".join(test.command for test in tests)
+    files = [*owntests.files(environment), *extra]
+    if upstream.IN_GUEST + "/" in commands:
+        files += upstream.needed(environment, commands)
+    config = testvm.Config(
+        mode=mode,
+        files=files,
+        hugepages=HUGEPAGES if "/kvm/" in commands else 0,
+        machine=qemu.Options(memory=MEMORY),
+    )
+    if module:
+        config = harness.for_rmmu(config, module)
+    ui.line(f"{suite.name} selftests on {who}, mode {mode}: {len(tests)} tests")
+    with harness.Runner(environment, config, logs / f"{who}-{mode}", suite.strict_tap) as runner:
+        for test in tests:
+            outcome = _run_test(runner, test)
+            expected, reason = _expected(suite, test, mode, bool(module))
+            label = tally.judge(f"{who} {mode} {test.name}", outcome, expected, reason)
+            if label == "XFAIL":
+                outcome.why = f"as expected ({reason}); {outcome.why}"
+            tally.record(test.name, mode, "rmmu" if module else "in_tree", outcome.result)
+            report.show(label, who, mode, outcome)
+
+
+def _run_test(runner, test):
+    """Run a test; one that fails now and then on in-tree too gets more chances, visibly."""
+    outcome = runner.run(test)
+    for attempt in range(RETRIES if "retry" in test.tags else 0):
+        if outcome.result == "PASS":
+            break
+        ui.line(f"  again   {test.name}: {outcome.result} {outcome.why[:100]}")
+        outcome = runner.run(test)
+    return outcome
+
+
+def _expected(suite, test, mode, on_rmmu):
+    results, reason = suite.expected.of(test.name, mode)
+    if on_rmmu:
+        special, _ = suite.expected.of(test.name, f"rmmu:{mode}")
+        row = suite.expected.rows.get(test.name, {})
+        if row.get(f"rmmu:{mode}", "=") != "=":
+            return special, reason
+    return results, reason
