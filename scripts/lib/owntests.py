@@ -6,6 +6,7 @@ from pathlib import Path
 
 import buildroot
 import cache
+import intree
 import ui
 
 SOURCE = buildroot.PROJECT / "selftests"
@@ -18,7 +19,7 @@ def ensure(environment):
     sources = sorted(path for path in SOURCE.rglob("*") if path.is_file() and "expected" not in path.parts)
     return cache.keyed(
         "selftests-own", kernel.key, root.key, [str(path.relative_to(SOURCE)) for path in sources],
-        cache.file_key(*sources),
+        cache.file_key(*sources, Path(intree.__file__)),
         build=lambda directory: _build(directory, environment),
     )
 
@@ -34,6 +35,8 @@ def _build(directory, environment):
         (directory / "lib").mkdir()
         for script in (SOURCE / "lib").glob("*.sh"):
             shutil.copy2(script, directory / "lib" / script.name)
+        (directory / "intree-functions.list").write_text("\n".join(intree.functions(kernel.tree_host)) + "\n")
+        shutil.copy(SOURCE / "intree-harmless.list", directory)
         _build_modules(directory, kernel, root, step)
 
 

@@ -32,7 +32,7 @@ class Options:
 # The rest turns a dying kernel into a log and an exit instead of a silent hang.
 CMDLINE = (
     "console=ttyS0 loglevel=6 tsc=reliable panic=-1 oops=panic unknown_nmi_panic=1 "
-    "panic_print=0x40 printk.devkmsg=on log_buf_len=4M no_hash_pointers"
+    "panic_print=0x40 printk.devkmsg=on log_buf_len=4M no_hash_pointers slab_nomerge"
 )
 
 

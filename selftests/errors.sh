@@ -1,0 +1,105 @@
+#!/bin/sh
+# SPDX-License-Identifier: GPL-2.0
+# What must be refused is refused with a message that says why, and what comes in an unusual
+# order works: loading before kvm, a reload of kvm, unloading under a VM, ftrace switched off,
+# somebody else on one of our functions.
+
+. /selftests/lib/tap.sh
+. /selftests/lib/rmmu.sh
+
+# served COMMAND...: it succeeds, and rmmu owned a VM of it.
+served() {
+	before=$(rmmu_stat vms_owned_total)
+	"$@" > /tmp/served.log 2>&1 || { note "$(tail -n 3 /tmp/served.log)"; return 1; }
+	[ "$(rmmu_stat vms_owned_total)" -gt "$before" ]
+}
+
+fails() {
+	! "$@" 2> /tmp/error
+}
+
+# A line that rmmu printed since the mark and that has all these words; it is shown.
+said() {
+	dmesg | sed '1,/errors.sh: mark/d' | grep rmmu > /tmp/said
+	for word in "$@"; do
+		grep -iE "$word" /tmp/said > /tmp/said.next
+		mv /tmp/said.next /tmp/said
+	done
+	sed 's/^/# message: /' /tmp/said | head -n 3
+	[ -s /tmp/said ]
+}
+
+mark() {
+	dmesg -c > /dev/null
+	echo "errors.sh: mark" > /dev/kmsg
+}
+
+before_kvm() {
+	rmmu_unload && kvm_unload || return 1
+	rmmu_load && kvm_load && served /selftests/smoke
+}
+
+kvm_reload() {
+	kvm_unload || { note "rmmu pins kvm.ko: $(cat /sys/module/kvm/refcnt)"; return 1; }
+	kvm_load && served /selftests/smoke
+}
+
+hold_vm() {
+	mkfifo /tmp/hold
+	/selftests/hold_vm < /tmp/hold > /tmp/held &
+	holder=$!
+	exec 9> /tmp/hold
+	until grep -q ready /tmp/held; do
+		kill -0 $holder || return 1
+		usleep 50000
+	done
+}
+
+release_vm() {
+	exec 9>&-
+	wait $holder && grep -q works /tmp/held
+	released=$?
+	rm /tmp/hold
+	return $released
+}
+
+plan 19
+rmmu_loaded || rmmu_load || bail "kvm_rmmu.ko does not load"
+baseline=$(diverted_functions)
+
+mark
+check "loaded before kvm, rmmu serves as soon as kvm comes" before_kvm
+check "kvm can be unloaded and loaded again under rmmu, and is served again" kvm_reload
+
+mark
+check "a VM of rmmu's is running" hold_vm
+check "unloading rmmu under it is refused" fails rmmu_unload
+note "rmmod says: $(cat /tmp/error)"
+check "rmmu still owns it" [ "$(rmmu_stat vms_owned)" = 1 ]
+check "switching ftrace off is refused" fails sh -c 'echo 0 > /proc/sys/kernel/ftrace_enabled'
+note "the shell says: $(cat /tmp/error)"
+check "ftrace is still on" [ "$(cat /proc/sys/kernel/ftrace_enabled)" = 1 ]
+check "the VM works to its end" release_vm
+check "then nothing of it is left" rmmu_idle
+check "and rmmu unloads" rmmu_unload
+check "no function is diverted then" [ -z "$(diverted_functions)" ]
+
+mark
+insmod /selftests/modules/direct_user.ko function=kvm_mmu_page_fault || bail "the other user does not load"
+theirs=$(diverted_functions)
+check "with another user on one function, loading fails" fails rmmu_load
+note "insmod says: $(cat /tmp/error)"
+check "with a message that names the function" said kvm_mmu_page_fault
+check "and nothing but the other user's function is diverted" [ "$(diverted_functions)" = "$theirs" ]
+rmmod direct_user
+check "when the other user is gone it loads and serves" eval 'rmmu_load && served /selftests/smoke'
+check "all functions are diverted again" [ "$(diverted_functions)" = "$baseline" ]
+check "the other user is refused now" fails insmod /selftests/modules/direct_user.ko function=kvm_mmu_page_fault
+
+check "a value other than 0 and 1 for own_new_vms is refused" fails sh -c "echo 7 > $RMMU_SYS/parameters/own_new_vms"
+own_new_vms 0
+owned=$(rmmu_stat vms_owned_total)
+check "with own_new_vms=0 a VM stays with in-tree KVM" eval \
+	'/selftests/smoke > /dev/null && [ "$(rmmu_stat vms_owned_total)" = "$owned" ]'
+own_new_vms 1
+finish

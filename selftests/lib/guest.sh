@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: GPL-2.0
+# For scripts in the test VM that run the Linux guest: the stock kernel in QEMU on KVM.
+
+GUEST_TIMEOUT=${GUEST_TIMEOUT:-120}
+
+# Start the guest, its console in the file $1. Sets guest_pid.
+guest_start() {
+	rm -f "$1"
+	qemu-system-x86_64 -accel kvm -cpu host -smp 2 -m 512M \
+		-machine microvm,isa-serial=on,pit=off,pic=off,rtc=on \
+		-nodefaults -no-user-config -display none -no-reboot -serial "file:$1" \
+		-kernel /guest/vmlinuz -initrd /guest/initrd \
+		-append "console=ttyS0 quiet panic=-1 tsc=reliable $GUEST_CMDLINE" 2> "$1.qemu" &
+	guest_pid=$!
+}
+
+# Wait until the console $1 has a line that matches $2; false when the guest ends or time is up.
+guest_wait() {
+	left=$((GUEST_TIMEOUT * 10))
+	until grep -q "$2" "$1" 2>/dev/null; do
+		left=$((left - 1))
+		[ $left -gt 0 ] && kill -0 "$guest_pid" 2>/dev/null || return 1
+		usleep 100000
+	done
+}
+
+guest_stop() {
+	kill "$guest_pid" 2>/dev/null
+	wait "$guest_pid" 2>/dev/null
+	:
+}
+
+# Where KVM and rmmu show the guest: PID-FD below their debugfs directories.
+guest_vm_name() {
+	for dir in /sys/kernel/debug/kvm/"$guest_pid"-*; do
+		[ -d "$dir" ] && basename "$dir"
+	done
+}

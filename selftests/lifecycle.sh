@@ -1,0 +1,73 @@
+#!/bin/sh
+# SPDX-License-Identifier: GPL-2.0
+# rmmu is loaded and unloaded again and again (lifecycle.sh TIMES), with VMs made and destroyed
+# in between, and all memory, module references and hooks come back.
+
+. /selftests/lib/tap.sh
+. /selftests/lib/rmmu.sh
+times=${1:-100}
+
+vms_come_and_go() {
+	/selftests/smoke > /tmp/smoke.log && /selftests/prefault > /tmp/prefault.log
+}
+
+cycle() {
+	rmmu_load && before=$(rmmu_stat vms_owned_total) && vms_come_and_go || return 1
+	served=$((served + $(rmmu_stat vms_owned_total) - before))
+	rmmu_idle || note "not idle: $(cat $RMMU_DEBUG/stats | tr '\n' ' ')"
+	rmmu_unload
+}
+
+cycles() {
+	served=0
+	for i in $(seq "$1"); do
+		cycle || {
+			note "cycle $i failed: $(tail -n 3 /tmp/smoke.log) $(dmesg | tail -n 3)"
+			return 1
+		}
+	done
+}
+
+# Objects in use: of KVM's caches and of the general ones. Free ones are given back first.
+slabs() {
+	for shrink in /sys/kernel/slab/*/shrink; do
+		echo 1 > "$shrink"
+	done
+	awk '/^(kmalloc|kvm|pte_list|x86_emulator|vmap|mmu_page)/ { print $1, $2 }' /proc/slabinfo
+}
+
+# Which caches hold at least one object more a cycle than before.
+grown_slabs() {
+	awk -v times="$times" 'NR == FNR { before[$1] = $2; next }
+		$2 - before[$1] >= times { print $1, before[$1], $2 }' /tmp/slabs.before /tmp/slabs.after
+}
+
+page_tables_kib() {
+	awk '/^SecPageTables/ { print $2 }' /proc/meminfo
+}
+
+settle() {
+	sleep 3
+	echo 3 > /proc/sys/vm/drop_caches
+}
+
+plan 7
+rmmu_loaded && rmmu_unload
+# What the first rounds allocate for good is no leak.
+check "the module loads, serves and unloads" cycles 3
+settle
+slabs > /tmp/slabs.before
+tables=$(page_tables_kib)
+hooks=$(diverted_functions | wc -l)
+check "and does so $times times" cycles "$times"
+check "every time it served VMs ($served)" [ "$served" -ge "$times" ]
+settle
+slabs > /tmp/slabs.after
+grown=$(grown_slabs)
+[ -z "$grown" ] || note "grown: $grown"
+check "no slab cache has grown by an object a time" [ -z "$grown" ]
+check "no page of page tables is left ($(page_tables_kib) KiB, $tables before)" [ "$(page_tables_kib)" -le "$tables" ]
+check "no function is diverted any more" [ "$(diverted_functions | wc -l)" = "$hooks" ]
+check "kvm.ko's reference count is what it is without rmmu" [ "$(cat /sys/module/kvm/refcnt)" = 1 ]
+rmmu_load
+finish
