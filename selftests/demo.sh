@@ -1,0 +1,54 @@
+#!/bin/sh
+# SPDX-License-Identifier: GPL-2.0
+# The guest's half of scripts/demo: boots Linux once on in-tree KVM and once on rmmu, in one
+# boot of the test VM, and prints what KVM and rmmu count as "WHO KEY VALUE" lines.
+
+. /selftests/lib/rmmu.sh
+. /selftests/lib/guest.sh
+
+uptime_ms() {
+	read -r up _ < /proc/uptime
+	echo "${up%.*}${up#*.}0"
+}
+
+# A statistic of the VM, summed over its vCPUs where it is theirs.
+kvm_stat() {
+	cat "/sys/kernel/debug/kvm/$vm/$1" /sys/kernel/debug/kvm/"$vm"/vcpu*/"$1" 2>/dev/null |
+		awk '{ sum += $1 } END { print sum + 0 }'
+}
+
+look() {
+	vm=$(guest_vm_name)
+	[ -n "$vm" ] || return 1
+	echo "$who owner $(cat "$RMMU_DEBUG/vms/$vm/owner" 2>/dev/null || echo in-tree)"
+	for name in pf_taken pf_fixed pf_fast pf_spurious pf_emulate pages_4k pages_2m pages_1g mmu_cache_miss; do
+		echo "$who $name $(kvm_stat $name)"
+	done
+	echo "$who table_kib $(awk '/^SecPageTables/ { print $2 }' /proc/meminfo)"
+	sed "s/^/$who faults_/" "$RMMU_DEBUG/vms/$vm/faults" 2>/dev/null
+	sed "s/^/$who dump /" "$RMMU_DEBUG/vms/$vm/page_table" 2>/dev/null
+}
+
+play() {
+	who=$1
+	own_new_vms "$2"
+	echo "$who base_table_kib $(awk '/^SecPageTables/ { print $2 }' /proc/meminfo)"
+	start=$(uptime_ms)
+	guest_start /tmp/guest.log
+	guest_wait /tmp/guest.log "guest: user space" &&
+		echo "$who user_space_ms $(($(uptime_ms) - start))" &&
+		guest_wait /tmp/guest.log "guest: workload done" &&
+		echo "$who done_ms $(($(uptime_ms) - start))" &&
+		look
+	result=$?
+	grep -q "wrong data" /tmp/guest.log && result=1
+	[ $result = 0 ] || {
+		echo "the guest's console on $who:"
+		tail -n 20 /tmp/guest.log /tmp/guest.log.qemu
+	}
+	guest_stop
+	rmmu_idle
+	return $result
+}
+
+play in-tree 0 && play rmmu 1
