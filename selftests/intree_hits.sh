@@ -47,10 +47,11 @@ sum() {
 	awk '{ sum += $2 } END { print sum + 0 }' "$1"
 }
 
+# boot OWN LINE: Linux, until its console has LINE.
 boot() {
 	own_new_vms "$1"
 	guest_start /tmp/guest.log
-	guest_wait /tmp/guest.log "guest: workload done"
+	guest_wait /tmp/guest.log "$2"
 	booted=$?
 	guest_stop
 	own_new_vms 1
@@ -63,9 +64,9 @@ candidates > /tmp/probed
 check "there are functions to probe ($(wc -l < /tmp/probed))" [ "$(wc -l < /tmp/probed)" -ge 50 ]
 probe
 hits > /tmp/hits.0
-check "Linux boots in a VM that is not owned" boot 0
+check "Linux boots in a VM that is not owned" boot 0 "guest: user space"
 hits > /tmp/hits.1
-check "Linux boots in a VM of rmmu's" boot 1
+check "Linux boots and works in a VM of rmmu's" boot 1 "guest: workload done"
 hits > /tmp/hits.2
 unprobe
 hits_between /tmp/hits.0 /tmp/hits.1 > /tmp/not_owned

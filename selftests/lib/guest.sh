@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0
 # For scripts in the test VM that run the Linux guest: the stock kernel in QEMU on KVM.
 
-GUEST_TIMEOUT=${GUEST_TIMEOUT:-120}
+GUEST_TIMEOUT=${GUEST_TIMEOUT:-180}
 
 # Start the guest, its console in the file $1. Sets guest_pid.
 guest_start() {
