@@ -191,11 +191,14 @@ def _update(apt):
     with ui.step(f"archive: asking apt what Debian {SUITE} offers", log=log) as step:
         apt.prepare()
         for attempt in range(4):
-            code = step.run(["apt-get", *apt.options(), "-o", "APT::Update::Error-Mode=any", "update"], check=False)
+            log.write_bytes(b"")
+            # The check below reads apt's messages: they must not be translated.
+            code = step.run(["env", "LC_ALL=C", "apt-get", *apt.options(), "-o", "APT::Update::Error-Mode=any",
+                             "update"], check=False)
             if code == 0:
                 return
-            text = ui.tail(log)
-            if apt.valid_until and re.search(r"expired|Valid-Until", text):
+            text = "\n".join(row for row in log.read_text(errors="replace").splitlines() if row[:2] in ("E:", "W:"))
+            if apt.valid_until and "is expired" in text:
                 step.note(f"the mirror's Release file of {SUITE} is past its Valid-Until date (the mirror lags). "
                           "Going on without that check, for the build root only; signatures are still verified.")
                 apt.valid_until = False
@@ -205,8 +208,7 @@ def _update(apt):
         hint = ""
         if "NO_PUBKEY" in text:
             hint = f"The host's {KEYRING} is too old for {SUITE}: upgrade the package debian-archive-keyring.\n"
-        raise ui.Error(f"apt cannot fetch the lists of Debian {SUITE}.\n{hint}"
-                       f"--- end of {log} ---\n{text}")
+        raise ui.Error(f"apt cannot fetch the lists of Debian {SUITE}.\n{hint}{text}\n(whole log: {log})")
 
 
 def _kernels(apt):
@@ -279,9 +281,10 @@ def load(names, max_age_days=None):
     return offer
 
 
-def save(offer):
-    """Keeps an offer until it is too old."""
-    text = json.dumps({"time": time.time(), **asdict(offer)}, indent=1)
+def save(offer, hours=OFFER_DAYS * 24):
+    """Keeps an offer; apt is asked again after that time."""
+    asked = time.time() - (OFFER_DAYS * 24 - hours) * 3600
+    text = json.dumps({"time": asked, **asdict(offer)}, indent=1)
     partial = _offer_path().with_suffix(f".{os.getpid()}.partial")
     partial.write_text(text + "\n")
     os.replace(partial, _offer_path())

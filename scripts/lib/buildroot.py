@@ -40,6 +40,9 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PASSED = re.compile(r"(?i)(https?|ftp|all|no)_proxy$|(TERM|CI|NO_COLOR|RUST_BACKTRACE|RMMU_\w+|PROPTEST_\w+|LOOM_\w+|"
                     r"CARGO_(HTTP|NET|REGISTR)\w+)$")
 
+# The answer of apt that this process works with.
+_offer = None
+
 ENTER = Path(__file__).resolve().parent / "enter-root.sh"
 
 
@@ -128,11 +131,18 @@ def package_names():
 
 def offer(refresh=False):
     """What apt offers us; from the cache while that is recent, so that a warm run needs no network."""
-    names = package_names()
-    if not refresh:
-        kept = archive.load(names, archive.OFFER_DAYS)
-        if kept:
-            return kept
+    global _offer
+    if _offer is None or refresh:
+        names = package_names()
+        _offer = None if refresh else archive.load(names, archive.OFFER_DAYS)
+        if _offer is None:
+            with cache.locked(cache.dir() / "offer.lock", "a list of packages"):
+                # Whoever had the lock before us may have asked already.
+                _offer = (None if refresh else archive.load(names, archive.OFFER_DAYS)) or _ask(names)
+    return _offer
+
+
+def _ask(names):
     old = archive.load(names)
     try:
         new = archive.ask(names)
@@ -142,6 +152,7 @@ def offer(refresh=False):
         if old is None or not _is_ready(old):
             raise
         ui.note(f"using the build root and kernel of an earlier set-up, because: {str(error).splitlines()[0]}")
+        archive.save(old, hours=1)
         return old
     archive.save(new)
     return new
@@ -168,12 +179,12 @@ def _is_ready(an_offer):
 
 def ensure(refresh=False):
     """The build root, made if need be."""
+    if os.geteuid() != 0 and not archive.host_is_suite():
+        raise ui.Error("building and testing happen in a Debian root that is entered with mount and chroot, which only "
+                       "root can do here. Run the command as root (for example with sudo).")
     found = offer(refresh)
     if archive.host_is_suite():
         return _host_root(_compiler_and_packages(found))
-    if os.geteuid() != 0:
-        raise ui.Error("building and testing happen in a Debian root that is entered with mount and chroot, which only "
-                       "root can do here. Run the command as root (for example with sudo).")
     parts = _key_parts(found)
     if not cache.is_complete("root", *parts):
         cache.require_space(GIGABYTES, "the set-up")
@@ -205,7 +216,7 @@ def install_on_host(packages):
         raise ui.Error(f"these packages are missing: {' '.join(packages)}. "
                        f"Run this as root once, or install them with: apt-get install {' '.join(packages)}")
     archive.host_apt_update()
-    with ui.step(f"host: installing {len(packages)} packages", log=cache.log_path("host-apt")) as step:
+    with ui.step(f"host: installing {' '.join(packages)}", log=cache.log_path("host-apt")) as step:
         step.run(["env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-o", "Acquire::Retries=3", "install", "--yes",
                   "--no-install-recommends", *packages])
 

@@ -214,7 +214,7 @@ def build_module(root, kernel):
             if warnings:
                 # The objects go too: else the next build would have nothing to do, and pass.
                 cache.remove_tree(build)
-                raise ui.Error(f"the build printed {len(warnings)} warnings, and none is allowed:\n  "
+                raise ui.Error(f"the build printed warnings ({len(warnings)}), and none is allowed:\n  "
                                + "\n  ".join(warnings[:20]) + f"\n(whole log: {log})")
             if not (build / MODULE).exists():
                 raise ui.Error(f"the build made no {MODULE}\n--- end of {log} ---\n{ui.tail(log)}")
