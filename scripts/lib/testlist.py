@@ -5,7 +5,7 @@ A list has one test a line: NAME LIMIT TAGS COMMAND, where LIMIT is in seconds a
 comma-separated or "-". The tags:
 
   nested   runs a guest of a guest
-  rmmu     needs kvm_rmmu.ko; it is not run on in-tree KVM
+  rmmu     needs VMs of rmmu's; it is not run on in-tree KVM
   errors   provokes errors, so error-level messages of rmmu are no failure
   no-vm    may pass without rmmu having served a VM
   slow     runs in `make check-all` only
