@@ -22,10 +22,22 @@ BOOT_SECONDS = 120
 # How long the guest's own time limit may be late before the machine counts as hung.
 GRACE_SECONDS = 30
 
+
+@dataclass(frozen=True)
+class Mode:
+    """A way to run KVM: module parameters and CPU features, and whether rmmu serves VMs then."""
+
+    params: dict = field(default_factory=dict)
+    cpu: str = ""
+    owning: bool = False
+
+
 MODES = {
-    "default": {},
-    "tdp_mmu=0": {"kvm": "tdp_mmu=0"},
-    "npt=0": {"kvm_amd": "npt=0"},
+    "default": Mode(owning=True),
+    # The emulated CPU has five-level paging unless it is taken away.
+    "4-level": Mode(cpu=",-la57", owning=True),
+    "tdp_mmu=0": Mode({"kvm": "tdp_mmu=0"}),
+    "npt=0": Mode({"kvm_amd": "npt=0"}),
 }
 
 
@@ -46,7 +58,7 @@ class Config:
     def options(self):
         """The machine's options. Each huge page costs some ms of boot: the kernel clears it."""
         cmdline = f"hugepages={self.hugepages} {self.machine.cmdline}"
-        return replace(self.machine, cmdline=cmdline)
+        return replace(self.machine, cmdline=cmdline, cpu=self.machine.cpu + MODES[self.mode].cpu)
 
 
 @dataclass
@@ -87,7 +99,7 @@ def pack(config, kernel_modules, busybox, interactive=False):
             archive.file(path, source)
     # Upstream's emulator tests need the prefix that forces emulation.
     params = {"kvm": ["force_emulation_prefix=1"]}
-    for chosen in (MODES[config.mode], config.kernel_params):
+    for chosen in (MODES[config.mode].params, config.kernel_params):
         for name, value in chosen.items():
             params.setdefault(name.replace("-", "_"), []).append(value)
     options = [f"options {name} {' '.join(values)}\n" for name, values in params.items() if values]
