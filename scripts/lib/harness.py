@@ -4,6 +4,9 @@
 A test fails when its exit code or its TAP says so, when its time is up, when the kernel
 warned while it ran, and, with rmmu loaded, when it left a VM or a page-table page behind.
 A VM that died or hung fails the test that ran and is booted again for the next one.
+
+Besides what a test can say itself (PASS, FAIL, SKIP, TIMEOUT) there are CRASH (the VM died or
+hung), KERNEL (it warned) and LEAK (something was left behind), which are never expected.
 """
 
 import re
@@ -69,7 +72,7 @@ class Runner:
             outcome = self._run(test)
         except testvm.Crashed as crash:
             self._end_vm()
-            outcome = Outcome(test, "FAIL", crash.reason, time.monotonic() - started,
+            outcome = Outcome(test, "CRASH", crash.reason, time.monotonic() - started,
                               output=f"{crash.output}\n{testvm.describe_crash(crash)}")
         if "alone" in test.tags:
             self._end_vm()
@@ -110,7 +113,7 @@ class Runner:
         problems = kmsg.problems(done.kernel, allow_rmmu_errors="errors" in test.tags)
         output = done.output
         if problems:
-            result, why = "FAIL", f"kernel: {problems[0].strip()}" + (f" (and: {why})" if why else "")
+            result, why = "KERNEL", f"kernel: {problems[0].strip()}" + (f" (and: {why})" if why else "")
         if result != "PASS":
             output += f"\n--- kernel messages ---\n{done.kernel}"
         outcome = Outcome(test, result, why, done.seconds, output=output,
@@ -145,7 +148,7 @@ class Runner:
             if self._must_own and outcome.owned_vms == 0 and outcome.result == "PASS" and "no-vm" not in outcome.test.tags:
                 problem = "rmmu served none of its VMs"
         if problem:
-            outcome.result = "FAIL"
+            outcome.result = "LEAK" if left else "FAIL"
             outcome.why = f"{problem} (and: {outcome.why})" if outcome.why else problem
 
 
