@@ -61,12 +61,18 @@ def series_of(version):
     return f"{match[1]}.{match[2]}" if match else version
 
 
-def choose_kernel(offer):
-    """The newest supported kernel of the offer."""
+def newest_supported(offer):
+    """The newest supported kernel of the offer, or None."""
     supported = supported_series()
-    for kernel in offer.kernels:
-        if kernel.series in supported:
-            return kernel
+    return next((kernel for kernel in offer.kernels if kernel.series in supported), None)
+
+
+def choose_kernel(offer):
+    """The newest supported kernel of the offer; without one, says what there is and what to do."""
+    chosen = newest_supported(offer)
+    if chosen:
+        return chosen
+    supported = supported_series()
     names = ", ".join(f"Linux {k.version} ({k.release})" for k in offer.kernels) or "no stock kernel with its source"
     raise ui.Error(
         f"Debian {SUITE} offers {names}; rmmu supports the series {', '.join(supported)}. "
@@ -235,12 +241,15 @@ def _kernels(apt):
     return _newest_first(kernels)
 
 
+def _is_newer(version, other):
+    return subprocess.run(["dpkg", "--compare-versions", version, "gt", other], check=False).returncode == 0
+
+
 def _newest_first(kernels):
     ordered = []
     for kernel in kernels:
         place = 0
-        while place < len(ordered) and subprocess.run(
-                ["dpkg", "--compare-versions", ordered[place].version, "gt", kernel.version], check=False).returncode == 0:
+        while place < len(ordered) and _is_newer(ordered[place].version, kernel.version):
             place += 1
         ordered.insert(place, kernel)
     return ordered

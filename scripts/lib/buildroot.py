@@ -144,12 +144,14 @@ def offer(refresh=False):
 
 def _ask(names):
     old = archive.load(names)
+    usable = old is not None and _is_ready(old)
     try:
         new = archive.ask(names)
-        archive.choose_kernel(new)
+        if usable and archive.newest_supported(new) is None:
+            archive.choose_kernel(new)
     except ui.Error as error:
         # What is complete here still works when the mirror is away, or when the suite has moved past us.
-        if old is None or not _is_ready(old):
+        if not usable:
             raise
         ui.note(f"using the build root and kernel of an earlier set-up, because: {str(error).splitlines()[0]}")
         archive.save(old, hours=1)
@@ -159,8 +161,9 @@ def _ask(names):
 
 
 def _compiler_and_packages(an_offer):
-    kernel = archive.choose_kernel(an_offer)
-    return sorted({*package_names(), kernel.compiler})
+    # Without a supported kernel the root still serves trees of the user's own.
+    kernel = archive.newest_supported(an_offer)
+    return sorted({*package_names(), *([kernel.compiler] if kernel else [])})
 
 
 def _key_parts(an_offer):
@@ -169,20 +172,20 @@ def _key_parts(an_offer):
 
 
 def _is_ready(an_offer):
-    if archive.host_is_suite():
-        return True
-    try:
-        return cache.is_complete("root", *_key_parts(an_offer))
-    except (ui.Error, KeyError):
+    """Whether a set-up from this offer is there and has a supported kernel."""
+    if archive.newest_supported(an_offer) is None:
         return False
+    return archive.host_is_suite() or cache.is_complete("root", *_key_parts(an_offer))
 
 
-def ensure(refresh=False):
-    """The build root, made if need be."""
+def ensure(refresh=False, any_kernel=False):
+    """The build root, made if need be. Unless `any_kernel`, only when there is a supported stock kernel to go with it."""
     if os.geteuid() != 0 and not archive.host_is_suite():
         raise ui.Error("building and testing happen in a Debian root that is entered with mount and chroot, which only "
                        "root can do here. Run the command as root (for example with sudo).")
     found = offer(refresh)
+    if not any_kernel:
+        archive.choose_kernel(found)
     if archive.host_is_suite():
         return _host_root(_compiler_and_packages(found))
     parts = _key_parts(found)

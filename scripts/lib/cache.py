@@ -149,8 +149,13 @@ def locked(path, what):
         os.close(fd)
 
 
+def prune_unused(name):
+    """Deletes the entries of a name that no process uses; those of this process stay. Returns what was deleted."""
+    return prune(dir() / name)
+
+
 def prune(family, keep=None):
-    """Deletes the entries of a name that nobody uses, except `keep`. Returns what was deleted."""
+    """Deletes the entries of a directory that nobody uses, except `keep`. Returns what was deleted."""
     gone = []
     keys = {match[1] for path in family.iterdir() if (match := re.fullmatch(r"([0-9a-f]{16})(\..*)?", path.name))}
     for key in sorted(keys - {keep}):
