@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The MMU engine: SPTEs, page tables and what is done with them.
+//!
+//! Nothing here knows the kernel. What the engine needs from outside (table
+//! pages, TLB flushes, accounting, locks to yield) comes through [`Host`], and
+//! is compiled in with the host's type, so that the fault path has no indirect
+//! call. Which locks a caller holds is shown by tokens ([`MmuRead`],
+//! [`MmuWrite`]) that are arguments of everything that needs them.
+//!
+//! - [`types`]: frame numbers, levels, ranges
+//! - [`spte`]: what the 64 bits of an entry mean, for EPT and NPT
+//! - [`role`], [`table`]: a table page and its header
+//! - [`sync`], [`host`]: locks, deferred flushes, the outside world
+//! - [`tdp`]: the two-dimensional-paging MMU
+
+pub mod host;
+pub mod role;
+pub mod spte;
+pub mod sync;
+pub mod table;
+pub mod tdp;
+pub mod types;
+
+pub use host::{Host, TableSource};
+pub use role::Role;
+pub use spte::{AdMode, LeafArgs, ReservedBits, Spte, SpteFormat};
+pub use sync::{Flush, MmuLocked, MmuRead, MmuWrite, RcuRead};
+pub use table::{Entries, Table, TablePtr, ENTRIES};
+pub use tdp::{FastOutcome, Fault, NoMemory, Outcome, Tdp};
+pub use types::{Gfn, GfnRange, Hpa, Level, Pfn};

@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The role of a table: which paging mode, address space and level it serves.
+
+use crate::mmu::{
+    spte::{AdMode, SpteFormat},
+    types::Level,
+};
+
+/// What a tree of tables, or one table of it, is for.
+///
+/// All tables below a root share the root's role, apart from the level.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Role {
+    /// KVM's own word for the role of the root. Opaque: two vCPUs share a root
+    /// when their words are equal. Tables below the root keep the root's word.
+    pub word: u32,
+    /// The level of the table.
+    pub level: Level,
+    /// The tree maps the SMM address space.
+    pub smm: bool,
+    /// The tree runs a nested guest.
+    pub guest_mode: bool,
+    /// The tree does without accessed and dirty bits.
+    pub ad_disabled: bool,
+    /// The most an entry may grant, as `ACC_` bits.
+    pub access: u8,
+}
+
+impl Role {
+    /// The role of a table that an entry of this one points to; none below the
+    /// last level.
+    #[inline]
+    pub fn child(self) -> Option<Role> {
+        Some(Role {
+            level: self.level.child()?,
+            ..self
+        })
+    }
+
+    /// How accesses and writes are tracked below this role.
+    ///
+    /// Page-modification logging would log the nested guest's addresses, so that
+    /// a nested tree is tracked by write protection when it is in use.
+    #[inline]
+    pub fn ad_mode(self, format: &SpteFormat) -> AdMode {
+        if self.ad_disabled {
+            AdMode::Disabled
+        } else if self.guest_mode && format.pml {
+            AdMode::WriteProtectOnly
+        } else {
+            AdMode::Enabled
+        }
+    }
+
+    /// Whether writes are tracked by write protection, not by dirty bits.
+    #[inline]
+    pub fn tracks_writes_by_protection(self, format: &SpteFormat) -> bool {
+        (self.guest_mode && format.pml) || !format.ad_enabled
+    }
+}

@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A table of the page tables, and its header.
+//!
+//! The header lives in an object of KVM's own cache for `struct kvm_mmu_page`,
+//! which vCPUs keep filled already. KVM's vendor module reads one byte of a root's
+//! header, "host MMIO is mapped below", which is therefore at the same offset
+//! here; the last 16 bytes of the object belong to the host, for RCU.
+//!
+//! A header is written in two steps before the table is reachable: by the host
+//! (where the entries are), by the engine (what the table is for). From then on
+//! those fields never change, and all others are atomics.
+
+use crate::mmu::{
+    role::Role,
+    spte::Spte,
+    sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering},
+    types::{Gfn, Hpa, Level},
+};
+use core::{mem, ptr, ptr::NonNull};
+
+/// How many entries a table has.
+pub const ENTRIES: usize = 512;
+/// The entries of a table.
+pub type Entries = [AtomicU64; ENTRIES];
+
+/// What of a header the engine may use.
+const HEADER_SIZE: usize = 168;
+/// Where KVM's vendor module expects `has_mapped_host_mmio`.
+const HOST_MMIO_OFFSET: usize = 68;
+
+/// The header of a table.
+#[repr(C)]
+#[derive(Debug)]
+pub struct Table {
+    /// The next root of the VM; roots only.
+    pub(super) next_root: AtomicPtr<Table>,
+    /// Neighbours in the list of NX candidates; changed under the pages lock.
+    pub(super) nx_next: AtomicPtr<Table>,
+    pub(super) nx_prev: AtomicPtr<Table>,
+    entries: *mut Entries,
+    hpa: u64,
+    gfn: u64,
+    role_word: u32,
+    level: u8,
+    access: u8,
+    smm: bool,
+    guest_mode: bool,
+    ad_disabled: bool,
+    /// Nobody may map below this root any more.
+    pub(super) invalid: AtomicBool,
+    /// The MMU's own reference is to be dropped after a zap.
+    pub(super) zap_scheduled: AtomicBool,
+    /// There is no huge page here because of the NX mitigation.
+    pub(super) nx_disallowed: AtomicBool,
+    /// The table is in the list of NX candidates.
+    pub(super) nx_listed: AtomicBool,
+    /// References to a root.
+    pub(super) refs: AtomicU32,
+    /// Host MMIO is mapped below this root.
+    host_mmio: AtomicBool,
+}
+
+const _: () = assert!(mem::size_of::<Table>() <= HEADER_SIZE);
+const _: () = assert!(mem::offset_of!(Table, host_mmio) == HOST_MMIO_OFFSET);
+const _: () = assert!(mem::size_of::<AtomicBool>() == 1);
+
+impl Table {
+    /// The level of the table.
+    #[inline]
+    pub fn level(&self) -> Level {
+        // `prepare` wrote a level, so the alternative is never taken.
+        Level::new(self.level).unwrap_or(Level::L4K)
+    }
+
+    /// The role of the table.
+    #[inline]
+    pub fn role(&self) -> Role {
+        Role {
+            word: self.role_word,
+            level: self.level(),
+            smm: self.smm,
+            guest_mode: self.guest_mode,
+            ad_disabled: self.ad_disabled,
+            access: self.access,
+        }
+    }
+
+    /// The first frame the table translates.
+    #[inline]
+    pub fn gfn(&self) -> Gfn {
+        Gfn(self.gfn)
+    }
+
+    /// The address of the entries.
+    #[inline]
+    pub fn hpa(&self) -> Hpa {
+        Hpa(self.hpa)
+    }
+
+    /// The tree maps the SMM address space.
+    #[inline]
+    pub fn is_smm(&self) -> bool {
+        self.smm
+    }
+
+    /// Nobody may map below this root any more.
+    #[inline]
+    pub fn is_invalid(&self) -> bool {
+        self.invalid.load(Ordering::Acquire)
+    }
+
+    /// Host MMIO is mapped below this root.
+    #[inline]
+    pub fn has_host_mmio(&self) -> bool {
+        self.host_mmio.load(Ordering::Relaxed)
+    }
+
+    /// Notes that host MMIO is mapped below this root; true the first time.
+    #[inline]
+    pub(super) fn note_host_mmio(&self) -> bool {
+        !self.has_host_mmio() && !self.host_mmio.swap(true, Ordering::AcqRel)
+    }
+
+    /// The entries.
+    #[inline]
+    pub fn entries(&self) -> &Entries {
+        // SAFETY: `adopt` stored a valid pointer, and entries live as long as
+        // their header, by its contract.
+        unsafe { &*self.entries }
+    }
+}
+
+/// A pointer to a table's header.
+///
+/// # Invariants
+///
+/// Points to a table that [`adopt`](TablePtr::adopt) set up. Every copy is used
+/// only while the table is alive: because it is not linked yet, the user holds a
+/// reference to the root, or is in the RCU section in which it found the table.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(transparent)]
+pub struct TablePtr(NonNull<Table>);
+
+// SAFETY: A table is shared by all CPUs; what is not atomic does not change once
+// it is reachable.
+unsafe impl Send for TablePtr {}
+// SAFETY: As above.
+unsafe impl Sync for TablePtr {}
+
+impl TablePtr {
+    /// Takes in a new table.
+    ///
+    /// # Safety
+    ///
+    /// `header` points to [`Table`]'s size of zeroed memory and `entries`, whose
+    /// physical address is `hpa`, to a page. Nobody else uses either. Both live
+    /// until the table is freed by [`Host`](crate::mmu::Host)'s functions, and
+    /// no copy of the result is used after that.
+    #[inline]
+    pub unsafe fn adopt(header: NonNull<Table>, entries: NonNull<Entries>, hpa: Hpa) -> TablePtr {
+        let raw = header.as_ptr();
+        // SAFETY: The header is ours alone; zeroes are a valid header apart from
+        // the level, which `prepare` writes.
+        unsafe {
+            ptr::addr_of_mut!((*raw).entries).write(entries.as_ptr());
+            ptr::addr_of_mut!((*raw).hpa).write(hpa.0);
+        }
+        // INVARIANT: By the contract of this function.
+        TablePtr(header)
+    }
+
+    /// The table with this header.
+    ///
+    /// # Safety
+    ///
+    /// `header` comes from [`as_ptr`](TablePtr::as_ptr), and the type's
+    /// invariants hold for every copy of the result.
+    #[inline]
+    pub unsafe fn from_raw(header: NonNull<Table>) -> TablePtr {
+        // INVARIANT: By the contract of this function.
+        TablePtr(header)
+    }
+
+    /// The header.
+    #[inline]
+    pub fn as_ptr(self) -> NonNull<Table> {
+        self.0
+    }
+
+    /// The address of the entries.
+    #[inline]
+    pub fn hpa(self) -> Hpa {
+        // SAFETY: The table is alive by the type's invariants, and the address
+        // does not change after `adopt`.
+        Hpa(unsafe { ptr::addr_of!((*self.0.as_ptr()).hpa).read() })
+    }
+
+    /// The entries.
+    #[inline]
+    pub fn entries(self) -> NonNull<Entries> {
+        // SAFETY: As for `hpa`; `adopt` stored a pointer that is not null.
+        unsafe { NonNull::new_unchecked(ptr::addr_of!((*self.0.as_ptr()).entries).read()) }
+    }
+
+    /// The header by reference.
+    ///
+    /// # Safety
+    ///
+    /// The table is alive as long as `'a`, and nobody prepares it any more.
+    #[inline]
+    pub unsafe fn as_ref<'a>(self) -> &'a Table {
+        // SAFETY: By the contract of this function.
+        unsafe { self.0.as_ref() }
+    }
+
+    /// Says what a table is for, before it is linked or becomes a root.
+    ///
+    /// # Safety
+    ///
+    /// The table is not reachable for anybody else.
+    #[inline]
+    pub(super) unsafe fn prepare(self, role: Role, gfn: Gfn) {
+        let raw = self.0.as_ptr();
+        // SAFETY: The table is alive by the invariants and ours alone by the
+        // contract of this function.
+        unsafe {
+            ptr::addr_of_mut!((*raw).role_word).write(role.word);
+            ptr::addr_of_mut!((*raw).level).write(role.level.get());
+            ptr::addr_of_mut!((*raw).access).write(role.access);
+            ptr::addr_of_mut!((*raw).smm).write(role.smm);
+            ptr::addr_of_mut!((*raw).guest_mode).write(role.guest_mode);
+            ptr::addr_of_mut!((*raw).ad_disabled).write(role.ad_disabled);
+            ptr::addr_of_mut!((*raw).gfn).write(gfn.0);
+        }
+    }
+
+    /// Fills the entries of a table that is not linked yet.
+    ///
+    /// # Safety
+    ///
+    /// The table is not reachable for anybody else.
+    #[inline]
+    pub(super) unsafe fn fill(self, mut entry: impl FnMut(usize) -> Spte) {
+        let first = self.entries().as_ptr().cast::<u64>();
+        for i in 0..ENTRIES {
+            // SAFETY: `i` is within the page, which is ours alone by the contract
+            // of this function; an atomic has the layout of its integer.
+            unsafe { first.add(i).write(entry(i).0) };
+        }
+    }
+}

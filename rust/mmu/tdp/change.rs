@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The one place where entries change, and what follows from a change.
+//!
+//! [`Tdp::try_change`] replaces an entry if it is still what the caller saw.
+//! [`Tdp::clear_exclusive`] removes an entry under the write lock. Both end in
+//! [`Tdp::account_change`], which counts leaves and takes down the subtree that
+//! was cut off. [`clear_bits`] can not change what is mapped, so nothing follows.
+//!
+//! A change that would give a frame another page without an invalid entry between
+//! is refused: CPUs would use both pages at once.
+
+use super::{
+    walk::{Entry, Step},
+    Tdp,
+};
+use crate::mmu::{
+    host::Host,
+    role::Role,
+    spte::Spte,
+    sync::{
+        atomic::{AtomicU64, Ordering},
+        MmuWrite,
+    },
+    table::TablePtr,
+    types::Level,
+};
+
+/// Why an entry did not change.
+pub(super) enum Conflict {
+    /// Somebody else changed it first; the caller's copy is up to date again.
+    Raced,
+    /// The change is forbidden. The VM is marked as broken.
+    Refused,
+}
+
+impl From<Conflict> for Step {
+    fn from(conflict: Conflict) -> Step {
+        match conflict {
+            Conflict::Raced => Step::Again,
+            Conflict::Refused => Step::Next,
+        }
+    }
+}
+
+impl Tdp {
+    /// Replaces the entry by `new` if it still is `entry.spte`.
+    ///
+    /// On success the entry's copy is what was replaced.
+    #[inline]
+    pub(super) fn try_change<H: Host>(
+        &self,
+        host: &H,
+        shared: bool,
+        entry: &mut Entry<'_>,
+        new: Spte,
+    ) -> Result<(), Conflict> {
+        let old = entry.spte;
+        if !may_replace(host, entry.level, old, new) {
+            host.bug("rmmu: a present entry must not change the page it points to");
+            return Err(Conflict::Refused);
+        }
+        // Release publishes the entries of a new table together with it.
+        match entry
+            .cell
+            .compare_exchange(old.0, new.0, Ordering::AcqRel, Ordering::Acquire)
+        {
+            Ok(_) => {
+                self.account_change(host, shared, entry.level, old, new);
+                Ok(())
+            }
+            Err(now) => {
+                entry.spte = Spte(now);
+                Err(Conflict::Raced)
+            }
+        }
+    }
+
+    /// Removes the entry and everything below it. Nobody else may be installing
+    /// or removing.
+    #[inline]
+    pub(super) fn clear_exclusive<H: Host>(&self, host: &H, entry: &mut Entry<'_>) {
+        entry.spte = take(host, entry.cell, entry.spte, entry.level, Spte::NONPRESENT);
+        self.account_change(host, false, entry.level, entry.spte, Spte::NONPRESENT);
+    }
+
+    /// Does what follows from the change of an entry of a linked table.
+    #[inline]
+    fn account_change<H: Host>(&self, host: &H, shared: bool, level: Level, old: Spte, new: Spte) {
+        let is_leaf = new.is_leaf(level);
+        if is_leaf && !new.is_consistent(host.format()) {
+            host.bug("rmmu: a writable entry must be MMU-writable and host-writable");
+        }
+        match (old.is_leaf(level), is_leaf) {
+            (false, true) => host.account_leaf(level, 1),
+            (true, false) => host.account_leaf(level, -1),
+            _ => {}
+        }
+        if old.is_nonleaf(level) && !new.is_nonleaf(level) {
+            self.remove_table(host, shared, host.table_of(old.hpa(host.format())));
+        }
+    }
+
+    /// Takes down a table that no entry points to any more, and all below it.
+    ///
+    /// The one who replaced the entry calls this, so it happens once a table.
+    #[inline(never)]
+    fn remove_table<H: Host>(&self, host: &H, shared: bool, table: TablePtr) {
+        // SAFETY: The table was linked until now. It is freed by the end of this
+        // function at the earliest, because only whoever unlinked it frees it.
+        let header = unsafe { table.as_ref() };
+        let level = header.level();
+        let mut leaves: i64 = 0;
+
+        host.account_table(table, -1);
+        self.forget_nx_candidate(host, header);
+
+        for cell in header.entries() {
+            let old = if shared {
+                // A fault may be about to install something here; from now on it
+                // finds the entry frozen.
+                Spte(cell.swap(Spte::FROZEN.0, Ordering::AcqRel))
+            } else {
+                let old = Spte(cell.load(Ordering::Acquire));
+                // What is not present stays so under the write lock.
+                if !old.is_present() {
+                    continue;
+                }
+                take(host, cell, old, level, Spte::FROZEN)
+            };
+            if old.is_frozen() {
+                host.bug("rmmu: a table was removed twice");
+            } else if old.is_leaf(level) {
+                leaves = leaves.wrapping_add(1);
+            } else if old.is_nonleaf(level) {
+                self.remove_table(host, shared, host.table_of(old.hpa(host.format())));
+            }
+        }
+        if leaves != 0 {
+            host.account_leaf(level, leaves.wrapping_neg());
+        }
+        host.free_table_rcu(table);
+    }
+
+    /// Links `table` in place of the entry, which the caller last saw as
+    /// `entry.spte`. On failure the table is still the caller's.
+    #[inline]
+    pub(super) fn link_table<H: Host>(
+        &self,
+        host: &H,
+        shared: bool,
+        entry: &mut Entry<'_>,
+        table: TablePtr,
+    ) -> Result<(), Conflict> {
+        let format = host.format();
+        let new = Spte::nonleaf(format, table.hpa(), !format.ad_enabled);
+        self.try_change(host, shared, entry, new)?;
+        host.account_table(table, 1);
+        Ok(())
+    }
+
+    /// Replaces the huge leaf by a table, prepared for this entry, that maps the
+    /// same memory. No flush is needed: it makes no difference which of the two
+    /// translations a CPU has.
+    pub(super) fn split_leaf<H: Host>(
+        &self,
+        host: &H,
+        shared: bool,
+        entry: &mut Entry<'_>,
+        table: TablePtr,
+        role: Role,
+    ) -> Result<(), Conflict> {
+        let format = host.format();
+        let huge = entry.spte;
+        let nx = host.nx_huge_pages();
+        // SAFETY: The table is linked only below.
+        unsafe {
+            table.fill(|i| huge.small_from_huge(format, role.level, role.access, i, nx));
+        }
+        self.link_table(host, shared, entry, table)?;
+        host.account_leaf(role.level, 512);
+        Ok(())
+    }
+}
+
+/// Both lead somewhere, and not to the same place, is allowed only between a
+/// table and memory.
+#[inline]
+fn may_replace<H: Host>(host: &H, level: Level, old: Spte, new: Spte) -> bool {
+    if !old.is_present() || !new.is_present() {
+        return !old.is_frozen();
+    }
+    let format = host.format();
+    old.is_leaf(level) != new.is_leaf(level) || old.pfn(format) == new.pfn(format)
+}
+
+/// Replaces an entry under the write lock; returns what was replaced. Bits that
+/// others set meanwhile are in the result.
+#[inline]
+fn take<H: Host>(host: &H, cell: &AtomicU64, old: Spte, level: Level, new: Spte) -> Spte {
+    if old.is_leaf(level) && old.needs_atomic_update(host.format()) {
+        return Spte(cell.swap(new.0, Ordering::AcqRel));
+    }
+    cell.store(new.0, Ordering::Release);
+    old
+}
+
+/// Clears bits of a present leaf; returns what it was before. Nobody else may be
+/// installing or removing.
+#[inline]
+pub(super) fn clear_bits(entry: &mut Entry<'_>, bits: u64, _lock: &MmuWrite<'_>) {
+    entry.spte = Spte(entry.cell.fetch_and(!bits, Ordering::AcqRel));
+}

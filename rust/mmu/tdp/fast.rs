@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Changes without `mmu_lock`: the fast page fault, and aging.
+//!
+//! RCU keeps the tables; a compare-exchange makes sure that the bits change in the
+//! entry that was looked at. Neither changes what is mapped, so there is nothing
+//! to account and nothing to flush: a CPU that still has the old bits faults, or
+//! misses one access in the eyes of aging, which tolerates that.
+
+use super::{
+    roots::Which,
+    walk::{child_entries, mapped_by, Cursor, Entry},
+    Tdp,
+};
+use crate::mmu::{
+    host::Host,
+    spte::Spte,
+    sync::{atomic::Ordering, RcuRead},
+    table::{Table, TablePtr},
+    types::{Gfn, GfnRange, Level},
+};
+
+/// How often a fast fault tries before it leaves the fault to the slow path.
+const TRIES: u32 = 4;
+
+/// How a fast page fault ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FastOutcome {
+    /// This is for the slow path.
+    Invalid,
+    /// The entry allows the access now.
+    Fixed,
+    /// The entry allowed it already.
+    Spurious,
+}
+
+impl Tdp {
+    /// Serves a fault on a present entry that was write-protected for the dirty
+    /// log, or made inaccessible by aging. The caller holds a reference to `root`.
+    #[allow(clippy::too_many_arguments)]
+    pub fn fast_fault<H: Host>(
+        &self,
+        host: &H,
+        root: TablePtr,
+        gfn: Gfn,
+        write: bool,
+        exec: bool,
+        slot: Option<&H::Slot>,
+        dirty_track: bool,
+    ) -> FastOutcome {
+        // SAFETY: The caller's reference keeps the root alive.
+        let root = unsafe { root.as_ref() };
+        let format = host.format();
+        if gfn >= root.level().root_end() {
+            return FastOutcome::Invalid;
+        }
+
+        let rcu = host.rcu_read();
+        for _ in 0..TRIES {
+            let entry = lowest(host, root, gfn, &rcu);
+            if !entry.is_leaf() {
+                return FastOutcome::Invalid;
+            }
+            let old = entry.spte;
+            if old.access_allowed(format, write, exec) {
+                return FastOutcome::Spurious;
+            }
+            let mut new = old;
+            if !format.ad_enabled && old.is_access_tracked(format) {
+                new = new.mark_young(format);
+            }
+            if write && old.is_mmu_writable(format) {
+                // All of a huge page would become writable, but only one frame of
+                // it dirty.
+                if dirty_track && entry.level > Level::L4K {
+                    return FastOutcome::Invalid;
+                }
+                new = new.make_writable();
+            }
+            if new == old || !new.access_allowed(format, write, exec) {
+                return FastOutcome::Invalid;
+            }
+            if replace(&entry, new) {
+                // Dirty only now: harvested before, it would be protected again
+                // by nobody.
+                if let (Some(slot), true) = (slot, new.is_writable() && !old.is_writable()) {
+                    host.mark_dirty(slot, gfn);
+                }
+                return FastOutcome::Fixed;
+            }
+        }
+        FastOutcome::Invalid
+    }
+
+    /// Makes the pages of the range old, in both address spaces; true if any was
+    /// young. With `test_only` nothing changes.
+    pub fn age<H: Host>(&self, host: &H, range: GfnRange, test_only: bool) -> bool {
+        self.age_roots(host, None, range, test_only)
+    }
+
+    /// As [`age`](Tdp::age), in one address space.
+    pub fn age_in<H: Host>(&self, host: &H, smm: bool, range: GfnRange, test_only: bool) -> bool {
+        self.age_roots(host, Some(smm), range, test_only)
+    }
+
+    fn age_roots<H: Host>(
+        &self,
+        host: &H,
+        smm: Option<bool>,
+        range: GfnRange,
+        test_only: bool,
+    ) -> bool {
+        let rcu = host.rcu_read();
+        let which = Which {
+            smm,
+            invalid: false,
+        };
+        self.any_root_rcu(which, &rcu, |root| {
+            age_root(host, root, range, test_only, &rcu)
+        })
+    }
+}
+
+fn age_root<H: Host, R: RcuRead>(
+    host: &H,
+    root: &Table,
+    range: GfnRange,
+    test_only: bool,
+    rcu: &R,
+) -> bool {
+    let format = host.format();
+    let range = mapped_by(host, root, range);
+    let mut young = false;
+    if range.is_empty() {
+        return false;
+    }
+    let mut cursor = Cursor::new(host, rcu, root, range, Level::L4K);
+    while let Some(entry) = cursor.next() {
+        if !entry.is_leaf() || !entry.spte.is_accessed(format) {
+            continue;
+        }
+        young = true;
+        if test_only {
+            break;
+        }
+        // Whoever changed the entry first zaps it or uses it; it is fine as it is.
+        replace(&entry, entry.spte.mark_old(format));
+    }
+    young
+}
+
+/// The lowest entry that covers `gfn`.
+#[inline]
+pub(super) fn lowest<'r, H: Host, R: RcuRead>(
+    host: &H,
+    root: &'r Table,
+    gfn: Gfn,
+    rcu: &'r R,
+) -> Entry<'r> {
+    let mut entry = Entry::at(root.entries(), gfn, root.level());
+    while let (true, Some(level)) = (entry.is_nonleaf(), entry.level.child()) {
+        entry = Entry::at(child_entries(host, entry.spte, rcu), gfn, level);
+    }
+    entry
+}
+
+/// Changes bits of a leaf that do not change what it maps.
+#[inline]
+fn replace(entry: &Entry<'_>, new: Spte) -> bool {
+    entry
+        .cell
+        .compare_exchange(entry.spte.0, new.0, Ordering::AcqRel, Ordering::Relaxed)
+        .is_ok()
+}
