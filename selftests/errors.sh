@@ -44,6 +44,14 @@ kvm_reload() {
 	kvm_load && served /selftests/smoke
 }
 
+# After a failed check: kvm and rmmu loaded, whatever is there now.
+recover() {
+	rmmu_loaded && [ -e /dev/kvm ] && return
+	rmmu_loaded && rmmu_unload
+	kvm_load
+	rmmu_load || bail "rmmu does not load any more"
+}
+
 hold_vm() {
 	mkfifo /tmp/hold
 	/selftests/hold_vm < /tmp/hold > /tmp/held &
@@ -69,7 +77,9 @@ baseline=$(diverted_functions)
 
 mark
 check "loaded before kvm, rmmu serves as soon as kvm comes" before_kvm
+recover
 check "kvm can be unloaded and loaded again under rmmu, and is served again" kvm_reload
+recover
 
 mark
 check "a VM of rmmu's is running" hold_vm

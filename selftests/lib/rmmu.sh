@@ -21,7 +21,7 @@ rmmu_unload() {
 
 # A counter of rmmu's.
 rmmu_stat() {
-	sed -n "s/^$1 //p" "$RMMU_DEBUG/stats"
+	sed -n "s/^$1 //p" "$RMMU_DEBUG/stats" 2>/dev/null
 }
 
 # Wait, 10 s at most, until rmmu holds no VM, no root and no page-table page any more.
