@@ -115,12 +115,10 @@ class Step:
         with open(self.log, "ab") as out:
             out.write(f"$ {shlex.join(map(str, shown or argv))}\n\n".encode())
             out.flush()
-            try:
-                # A session of its own, so that an interrupt can end the command with all of its children.
-                child = subprocess.Popen(argv, cwd=cwd, env=env, stdin=stdin, stdout=out, stderr=out,
-                                         start_new_session=True, pass_fds=tuple(KEEP_FDS))
-            except OSError as error:
-                raise Error(f"{self.title}: cannot run {argv[0]}: {error.strerror}") from error
+            # A session of its own, so that an interrupt can end the command with all of its children. If we are killed,
+            # the command is told to stop as well.
+            child = subprocess.Popen(["setpriv", "--pdeathsig", "TERM", "--", *argv], cwd=cwd, env=env, stdin=stdin,
+                                     stdout=out, stderr=out, start_new_session=True, pass_fds=tuple(KEEP_FDS))
             try:
                 code = self._wait(child)
             except BaseException:
