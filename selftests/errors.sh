@@ -89,6 +89,7 @@ check "rmmu still owns it" [ "$(rmmu_stat vms_owned)" = 1 ]
 check "switching ftrace off is refused" fails sh -c 'echo 0 > /proc/sys/kernel/ftrace_enabled'
 note "the shell says: $(cat /tmp/error)"
 check "ftrace is still on" [ "$(cat /proc/sys/kernel/ftrace_enabled)" = 1 ]
+echo 1 > /proc/sys/kernel/ftrace_enabled
 check "the VM works to its end" release_vm
 check "then nothing of it is left" rmmu_idle
 check "and rmmu unloads" rmmu_unload
