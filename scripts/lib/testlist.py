@@ -4,7 +4,7 @@
 A list has one test a line: NAME LIMIT TAGS COMMAND, where LIMIT is in seconds and TAGS are
 comma-separated or "-". The tags:
 
-  nested   runs a guest of a guest
+  nested   runs a guest of a guest, which rmmu may refuse with an error-level message
   rmmu     needs VMs of rmmu's; it is not run on in-tree KVM
   errors   provokes errors, so error-level messages of rmmu are no failure
   no-vm    may pass without rmmu having served a VM
