@@ -179,7 +179,7 @@ def _is_ready(an_offer):
 
 
 def ensure(refresh=False, any_kernel=False):
-    """The build root, made if need be. Unless `any_kernel`, only when there is a supported stock kernel to go with it."""
+    """The build root, made if need be; unless `any_kernel`, only if a supported stock kernel is to be had."""
     if os.geteuid() != 0 and not archive.host_is_suite():
         raise ui.Error("building and testing happen in a Debian root that is entered with mount and chroot, which only "
                        "root can do here. Run the command as root (for example with sudo).")

@@ -183,7 +183,8 @@ def remove_tree(path):
     for mount in Path("/proc/self/mountinfo").read_text().splitlines():
         target = mount.split()[4].encode().decode("unicode_escape")
         if (target + "/").startswith(inside):
-            raise ui.Error(f"{target} is mounted, so {path} cannot be deleted. Unmount it (umount {target}), then retry.")
+            raise ui.Error(f"{target} is mounted, so {path} cannot be deleted. "
+                           f"Unmount it (umount {target}), then retry.")
     done = subprocess.run(["rm", "-rf", "--one-file-system", str(path)], check=False)
     if done.returncode != 0:
         raise ui.Error(f"cannot delete {path}: see above")

@@ -202,17 +202,18 @@ def build_module(root, kernel):
     OUT.mkdir(exist_ok=True)
     with cache.locked(OUT / f"build-{kernel.release}.lock", "the module"):
         with ui.step(f"module: building {MODULE} for {kernel.release}", log=log) as step:
-            stamp = build / "kernel-key"
-            if stamp.exists() and stamp.read_text() == kernel.key and _make_module(root, kernel, build, step):
-                # Objects of an earlier build that failed later on may have had warnings: these count.
-                clean = not (build / "had-warnings").exists()
-            else:
-                clean = False
-            if not clean:
-                cache.remove_tree(build)
-                build.mkdir()
-                stamp.write_text(kernel.key)
-                _make_module(root, kernel, build, step)
+            stamp, had_warnings = build / "kernel-key", build / "had-warnings"
+            fresh = not stamp.exists() or stamp.read_text() != kernel.key
+            for _ in range(2):
+                if fresh:
+                    cache.remove_tree(build)
+                    build.mkdir()
+                    stamp.write_text(kernel.key)
+                _make_module(root, kernel, build, step, had_warnings)
+                # make passes over objects of a failed build that had warnings: then all is built again.
+                fresh = had_warnings.exists()
+                if not fresh:
+                    break
             if not (build / MODULE).exists():
                 raise ui.Error(f"the build made no {MODULE}\n--- end of {log} ---\n{ui.tail(log)}")
             product.parent.mkdir(exist_ok=True)
@@ -222,11 +223,20 @@ def build_module(root, kernel):
     return product
 
 
-def _make_module(root, kernel, build, step):
-    """Runs make; true when it passed without a warning, else a ui.Error."""
-    root.run(["make", "-C", kernel.tree, f"M={buildroot.PROJECT}", f"MO={build}", f"CC={kernel.cc}",
-              f"KERNELRELEASE={kernel.release}", "-j", ui.jobs(), "modules"],
-             binds=[] if kernel.modules_dir else [kernel.tree], log=step)
+def _make_module(root, kernel, build, step, had_warnings):
+    try:
+        root.run(["make", "-C", kernel.tree, f"M={buildroot.PROJECT}", f"MO={build}", f"CC={kernel.cc}",
+                  f"KERNELRELEASE={kernel.release}", "-j", ui.jobs(), "modules"],
+                 binds=[] if kernel.modules_dir else [kernel.tree], log=step)
+    finally:
+        warnings = find_warnings(step.log.read_text(errors="replace"))
+        if warnings:
+            had_warnings.touch()
+    if warnings:
+        raise ui.Error(f"the build printed warnings ({len(warnings)}), and none is allowed:\n  "
+                       + "\n  ".join(warnings[:20]) + f"\n(whole log: {step.log})")
+
+
 def find_warnings(text):
     """The lines of a build's output that are warnings of a compiler, of objtool, of modpost or of make."""
     return [line.strip() for line in text.splitlines()
