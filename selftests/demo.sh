@@ -25,8 +25,10 @@ look() {
 		echo "$who $name $(kvm_stat $name)"
 	done
 	echo "$who table_kib $(awk '/^SecPageTables/ { print $2 }' /proc/meminfo)"
-	sed "s/^/$who faults_/" "$RMMU_DEBUG/vms/$vm/faults" 2>/dev/null
-	sed "s/^/$who dump /" "$RMMU_DEBUG/vms/$vm/page_table" 2>/dev/null
+	# rmmu shows these for its own VMs only.
+	if [ -d "$RMMU_DEBUG/vms/$vm" ]; then
+		sed "s/^/$who dump /" "$RMMU_DEBUG/vms/$vm/page_table"
+	fi
 }
 
 play() {
