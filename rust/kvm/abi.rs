@@ -1,0 +1,197 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The check that the running kernel is the one this module was compiled for.
+//!
+//! It comes before anything is bound or patched. What is compared is the size of each struct we look into, the place
+//! of each field we use, and the prototype of each function we hook or call, with the BTF of the running kernel and of
+//! the kvm.ko that is loaded.
+
+use crate::kvm::{
+    bindings,
+    btf::{self, Btf, Expected, Field, Layout, Mismatch, Wanted},
+    symbols,
+};
+use core::{
+    ffi::{c_char, c_void, CStr},
+    mem::{offset_of, size_of},
+    ptr::NonNull,
+};
+use kernel::prelude::*;
+
+/// A function that only kvm.ko has: whose BTF has it is kvm.ko's.
+const KVM_FUNCTION: &CStr = c"kvm_mmu_page_fault";
+const BTF_KIND_FUNC: u32 = 12;
+
+extern "C" {
+    fn bpf_find_btf_id(name: *const c_char, kind: u32, btf: *mut *mut c_void) -> i32;
+    #[link_name = "__SCT__rmmu_core_btf_put"]
+    fn btf_put(btf: *mut c_void);
+}
+
+/// The size of what a function's result points to: of a field, for a function that gives the field's address.
+const fn pointee<T, F>(_: fn(*const T) -> *const F) -> usize {
+    size_of::<F>()
+}
+
+macro_rules! layouts {
+    ($($name:ident { $($($field:ident).+),* $(,)? })*) => {
+        &[$(Layout {
+            name: stringify!($name),
+            size: size_of::<bindings::$name>(),
+            fields: &[$(Field {
+                path: concat!($(stringify!($field), "."),+),
+                offset: offset_of!(bindings::$name, $($field).+),
+                // SAFETY: never called; only its type is looked at.
+                size: pointee(|whole: *const bindings::$name| unsafe { &raw const (*whole).$($field).+ }),
+            }),*],
+        }),*]
+    };
+}
+
+/// What rmmu, and KVM's inline functions in it, know of KVM's structs.
+static LAYOUTS: &[Layout] = layouts! {
+    kvm {
+        mmu_lock, slots_lock, mm, memslots, nr_memslots_dirty_logging, stat, arch, users_count,
+        mmu_invalidate_seq, mmu_invalidate_in_progress, mmu_invalidate_range_start, mmu_invalidate_range_end,
+        manual_dirty_log_protect, debugfs_dentry, srcu, userspace_pid, vm_bugged, vm_dead,
+    }
+    kvm_arch {
+        indirect_shadow_pages, mmu_valid_gen, vm_type, pre_fault_allowed, active_mmu_pages, shadow_mmio_value,
+        tdp_mmu_roots, tdp_mmu_pages_lock, disable_nx_huge_pages, cpu_dirty_log_size,
+    }
+    kvm_vm_stat { mmu_shadow_zapped, mmu_shadow_pages, nx_lpage_splits, __bindgen_anon_1.pages }
+    kvm_vcpu { kvm, vcpu_id, requests, stat, arch }
+    kvm_vcpu_arch {
+        mmu, root_mmu, guest_mmu, nested_mmu, walk_mmu, mmu_shadow_page_cache, mmu_page_header_cache, apf,
+        mmio_gva, mmio_access, mmio_gfn, mmio_gen,
+    }
+    kvm_vcpu_stat { pf_taken, pf_fixed, pf_emulate, pf_spurious, pf_fast, pf_mmio_spte_created, tlb_flush }
+    kvm_mmu { page_fault, sync_spte, root, mirror_root_hpa, cpu_role, root_role, prev_roots }
+    kvm_mmu_root_info { pgd, hpa }
+    kvm_mmu_page { tdp_mmu_page, role, gfn, spt, has_mapped_host_mmio, callback_head }
+    kvm_mmu_memory_cache { gfp_zero, init_value, kmem_cache, capacity, nobjs, objects }
+    kvm_memory_slot { base_gfn, npages, dirty_bitmap, arch, userspace_addr, flags, id, as_id, gmem }
+    kvm_arch_memory_slot { lpage_info, gfn_write_track }
+    kvm_lpage_info { disallow_lpage }
+    kvm_memslots { generation }
+    kvm_gfn_range { slot, start, end, attr_filter, may_block, lockless }
+    kvm_async_pf { cr2_or_gpa, arch, wakeup_all }
+    kvm_arch_async_pf { token, gfn, cr3, direct_map, error_code }
+    kvm_pre_fault_memory { gpa, size, flags }
+    kvm_host_values { maxphyaddr }
+    kvm_x86_ops { load_mmu_pgd, flush_tlb_current, get_mt_mask }
+    ftrace_ops { func, flags, private, direct_call }
+    page { }
+};
+
+/// A reference to a BTF that the kernel has.
+struct Loaded(NonNull<c_void>);
+
+impl Loaded {
+    /// kvm.ko's BTF.
+    fn of_kvm() -> Result<Self> {
+        let mut found = core::ptr::null_mut();
+        // SAFETY: the name is a string; on success `found` is a BTF with a reference that is ours.
+        let id = unsafe { bpf_find_btf_id(KVM_FUNCTION.as_ptr(), BTF_KIND_FUNC, &mut found) };
+        match NonNull::new(found) {
+            Some(btf) if id > 0 => Ok(Self(btf)),
+            _ => {
+                pr_err!("kvm.ko has no BTF (error {}): rmmu cannot tell whether it fits, and stays out\n", id);
+                Err(ENOEXEC)
+            }
+        }
+    }
+
+    /// The blob, of which the kernel's own BTF tells where `struct btf` has it.
+    fn raw(&self, kernel: &Btf<'_>) -> Result<&[u8]> {
+        let place = |field, size| match kernel.locate("btf", field) {
+            Ok(Some((offset, found))) if found == size => Ok(offset as usize),
+            _ => {
+                pr_err!(
+                    "struct btf of the running kernel has no field {} of {} bytes\n",
+                    field,
+                    size
+                );
+                Err(ENOEXEC)
+            }
+        };
+        let (data, len) = (place("data", 8)?, place("data_size", 4)?);
+        // SAFETY: our reference keeps the BTF and its blob, neither of which changes; the kernel's BTF says that these
+        // are the offsets of the blob's address and length in it.
+        unsafe {
+            let data = self.0.as_ptr().byte_add(data).cast::<*const u8>().read();
+            let len = self.0.as_ptr().byte_add(len).cast::<u32>().read();
+            Ok(core::slice::from_raw_parts(data, len as usize))
+        }
+    }
+}
+
+impl Drop for Loaded {
+    fn drop(&mut self) {
+        // SAFETY: the reference is ours.
+        unsafe { btf_put(self.0.as_ptr()) }
+    }
+}
+
+/// The BTF of the kernel itself.
+fn kernel_blob() -> Result<&'static [u8]> {
+    let (Some(start), Some(stop)) = (
+        symbols::lookup(c"__start_BTF"),
+        symbols::lookup(c"__stop_BTF"),
+    ) else {
+        pr_err!("this kernel has no BTF: rmmu needs CONFIG_DEBUG_INFO_BTF\n");
+        return Err(ENOEXEC);
+    };
+    // SAFETY: the linker's marks around a read-only section.
+    Ok(unsafe { core::slice::from_raw_parts(start as *const u8, stop.saturating_sub(start)) })
+}
+
+fn unreadable(which: &str) -> Error {
+    pr_err!("the BTF of {} cannot be read\n", which);
+    ENOEXEC
+}
+
+/// Room for the marks that a blob needs.
+fn marks(blob: &[u8], which: &str) -> Result<KVVec<u32>> {
+    let needed = Btf::marks_needed(blob).map_err(|_| unreadable(which))?;
+    Ok(KVVec::from_elem(0, needed, GFP_KERNEL)?)
+}
+
+/// Compares the running kernel and its kvm.ko, which must be loaded, with what the module was compiled for. On a
+/// difference says which, and fails.
+pub fn check() -> Result {
+    let blob = kernel_blob()?;
+    let mut room = marks(blob, "the kernel")?;
+    let kernel = Btf::new(blob, None, &mut room).map_err(|_| unreadable("the kernel"))?;
+    let loaded = Loaded::of_kvm()?;
+    let blob = loaded.raw(&kernel)?;
+    let mut room = marks(blob, "kvm.ko")?;
+    let kvm = Btf::new(blob, Some(&kernel), &mut room).map_err(|_| unreadable("kvm.ko"))?;
+
+    let mut wanted = KVVec::new();
+    for layout in LAYOUTS {
+        wanted.push(Wanted::new(Expected::Layout(layout)), GFP_KERNEL)?;
+    }
+    for table in [
+        symbols::core_functions(),
+        symbols::entries(),
+        symbols::callees(),
+    ] {
+        for function in table {
+            let expected = Expected::Function(
+                symbols::name(function).to_str()?,
+                symbols::prototype(function).to_str()?,
+            );
+            wanted.push(Wanted::new(expected), GFP_KERNEL)?;
+        }
+    }
+    btf::check(&mut wanted, Some(&kvm), &kernel).map_err(refuse)
+}
+
+fn refuse(mismatch: Mismatch<'_>) -> Error {
+    pr_err!(
+        "not the kernel this module was built for: {}\n",
+        format_args!("{mismatch}")
+    );
+    ENOEXEC
+}
