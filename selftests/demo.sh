@@ -11,6 +11,11 @@ uptime_ms() {
 	echo "${up%.*}${up#*.}0"
 }
 
+# What all VMs' page tables take; there is one VM at a time.
+table_kib() {
+	awk '/^SecPageTables/ { print $2 }' /proc/meminfo
+}
+
 # A statistic of the VM, summed over its vCPUs where it is theirs.
 kvm_stat() {
 	cat "/sys/kernel/debug/kvm/$vm/$1" /sys/kernel/debug/kvm/"$vm"/vcpu*/"$1" 2>/dev/null |
@@ -24,17 +29,26 @@ look() {
 	for name in pf_taken pf_fixed pf_fast pf_spurious pf_emulate pages_4k pages_2m pages_1g mmu_cache_miss; do
 		echo "$who $name $(kvm_stat $name)"
 	done
-	echo "$who table_kib $(awk '/^SecPageTables/ { print $2 }' /proc/meminfo)"
+	echo "$who tables $(($(table_kib) / 4))"
 	# rmmu shows these for its own VMs only.
 	if [ -d "$RMMU_DEBUG/vms/$vm" ]; then
 		sed "s/^/$who dump /" "$RMMU_DEBUG/vms/$vm/page_table"
 	fi
 }
 
+# The page tables of a VM are freed some time after its end.
+tables_freed() {
+	for i in $(seq 50); do
+		[ "$(table_kib)" = 0 ] && return
+		usleep 100000
+	done
+	echo "$(table_kib) KiB of page tables are left"
+	return 1
+}
+
 play() {
 	who=$1
 	own_new_vms "$2"
-	echo "$who base_table_kib $(awk '/^SecPageTables/ { print $2 }' /proc/meminfo)"
 	start=$(uptime_ms)
 	guest_start /tmp/guest.log
 	guest_wait /tmp/guest.log "guest: user space" &&
@@ -49,8 +63,7 @@ play() {
 		tail -n 20 /tmp/guest.log /tmp/guest.log.qemu
 	}
 	guest_stop
-	rmmu_idle
-	return $result
+	rmmu_idle && tables_freed && return $result
 }
 
 play in-tree 0 && play rmmu 1
