@@ -1,0 +1,55 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * The hook table: every entry point of KVM's MMU that works on page tables or roots of a VM, one a line.
+ *
+ *	RMMU_HOOK(function, OWNER, "prototype in BTF's words")
+ *
+ * OWNER says where the stub finds the VM whose owner it tests: VCPU (first argument is a vCPU), VM (first argument is the
+ * VM), or ANY (always ours: the function that decides who owns a VM). The Rust handler of FUNCTION is rmmu_FUNCTION, in
+ * rust/vm/entry.rs. scripts/check-hooks compares this table with what the kernel's objects let others reach.
+ *
+ * Included several times, with different definitions of RMMU_HOOK: no include guard.
+ */
+/* hook-table-begin */
+/* Life of a VM and of its roots */
+RMMU_HOOK(kvm_mmu_init_vm, ANY, "int(struct kvm *)")
+RMMU_HOOK(kvm_mmu_uninit_vm, VM, "void(struct kvm *)")
+RMMU_HOOK(kvm_mmu_load, VCPU, "int(struct kvm_vcpu *)")
+RMMU_HOOK(kvm_mmu_unload, VCPU, "void(struct kvm_vcpu *)")
+RMMU_HOOK(kvm_mmu_reset_context, VCPU, "void(struct kvm_vcpu *)")
+RMMU_HOOK(kvm_mmu_after_set_cpuid, VCPU, "void(struct kvm_vcpu *)")
+RMMU_HOOK(kvm_mmu_destroy, VCPU, "void(struct kvm_vcpu *)")
+RMMU_HOOK(kvm_mmu_new_pgd, VCPU, "void(struct kvm_vcpu *, gpa_t)")
+RMMU_HOOK(kvm_mmu_free_roots, VM, "void(struct kvm *, struct kvm_mmu *, ulong)")
+RMMU_HOOK(kvm_mmu_free_guest_mode_roots, VM, "void(struct kvm *, struct kvm_mmu *)")
+RMMU_HOOK(kvm_mmu_free_obsolete_roots, VCPU, "void(struct kvm_vcpu *)")
+RMMU_HOOK(kvm_mmu_sync_roots, VCPU, "void(struct kvm_vcpu *)")
+RMMU_HOOK(kvm_mmu_sync_prev_roots, VCPU, "void(struct kvm_vcpu *)")
+/* Faults */
+RMMU_HOOK(kvm_mmu_page_fault, VCPU, "int(struct kvm_vcpu *, gpa_t, u64, void *, int)")
+RMMU_HOOK(kvm_arch_async_page_ready, VCPU, "void(struct kvm_vcpu *, struct kvm_async_pf *)")
+RMMU_HOOK(kvm_arch_vcpu_pre_fault_memory, VCPU, "long int(struct kvm_vcpu *, struct kvm_pre_fault_memory *)")
+/* The shadow MMU's entry points: nothing to do for a VM whose roots are all direct */
+RMMU_HOOK(kvm_mmu_track_write, VCPU, "void(struct kvm_vcpu *, gpa_t, const u8 *, int)")
+RMMU_HOOK(__kvm_mmu_unprotect_gfn_and_retry, VCPU, "bool(struct kvm_vcpu *, gpa_t, bool)")
+RMMU_HOOK(kvm_mmu_print_sptes, VCPU, "void(struct kvm_vcpu *, gpa_t, const char *)")
+/* mmu_notifier */
+RMMU_HOOK(kvm_unmap_gfn_range, VM, "bool(struct kvm *, struct kvm_gfn_range *)")
+RMMU_HOOK(kvm_age_gfn, VM, "bool(struct kvm *, struct kvm_gfn_range *)")
+RMMU_HOOK(kvm_test_age_gfn, VM, "bool(struct kvm *, struct kvm_gfn_range *)")
+RMMU_HOOK(kvm_arch_flush_shadow_all, VM, "void(struct kvm *)")
+/* Memory slots */
+RMMU_HOOK(kvm_arch_flush_shadow_memslot, VM, "void(struct kvm *, struct kvm_memory_slot *)")
+RMMU_HOOK(kvm_mmu_invalidate_mmio_sptes, VM, "void(struct kvm *, u64)")
+RMMU_HOOK(kvm_zap_gfn_range, VM, "void(struct kvm *, gfn_t, gfn_t)")
+RMMU_HOOK(__kvm_mmu_zap_all_fast_front_half, VM, "void(struct kvm *)")
+RMMU_HOOK(kvm_tdp_mmu_zap_invalidated_roots, VM, "void(struct kvm *, bool)")
+/* Dirty logging and huge pages */
+RMMU_HOOK(kvm_mmu_slot_remove_write_access, VM, "void(struct kvm *, const struct kvm_memory_slot *, int)")
+RMMU_HOOK(kvm_mmu_slot_gfn_write_protect, VM, "bool(struct kvm *, struct kvm_memory_slot *, u64, int)")
+RMMU_HOOK(kvm_arch_mmu_enable_log_dirty_pt_masked, VM, "void(struct kvm *, struct kvm_memory_slot *, gfn_t, long unsigned int)")
+RMMU_HOOK(kvm_mmu_slot_leaf_clear_dirty, VM, "void(struct kvm *, const struct kvm_memory_slot *)")
+RMMU_HOOK(kvm_mmu_try_split_huge_pages, VM, "void(struct kvm *, const struct kvm_memory_slot *, u64, u64, int)")
+RMMU_HOOK(kvm_mmu_slot_try_split_huge_pages, VM, "void(struct kvm *, const struct kvm_memory_slot *, int)")
+RMMU_HOOK(kvm_mmu_recover_huge_pages, VM, "void(struct kvm *, const struct kvm_memory_slot *)")
+/* hook-table-end */

@@ -1,0 +1,269 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Patching the entry points of KVM's MMU.
+//!
+//! The table is `entry_points.h`. Each function gets an ftrace direct call in the JMP form to its stub (`stubs.S`), all of
+//! them with one `ftrace_ops` and one call: ftrace takes all or nothing, and one grace period ends them all. The ops are
+//! PERMANENT, so that `ftrace_enabled=0` is refused instead of silently taking the hooks away from running VMs.
+//!
+//! # Lifetime
+//!
+//! kvm.ko may come and go. A module notifier attaches when it comes and detaches when it goes: a module that is unloaded
+//! while ftrace has its functions patched would wreck ftrace for the rest of the boot. A VM of ours pins this module, and
+//! its file pins kvm.ko, so neither goes while handlers can run.
+
+pub mod entry;
+
+use crate::{
+    kvm::{abi, bindings, param, symbols},
+    vm,
+};
+use core::{cell::UnsafeCell, ffi::c_int, ffi::c_void, mem::MaybeUninit, ptr};
+use kernel::{error::to_result, prelude::*, str::CStr};
+
+// C structs without members are only ever pointed at.
+#[allow(improper_ctypes)]
+extern "C" {
+    #[link_name = "__SCT__rmmu_core_alloc_ftrace_hash"]
+    fn alloc_ftrace_hash(size_bits: c_int) -> *mut bindings::ftrace_hash;
+    #[link_name = "__SCT__rmmu_core_free_ftrace_hash"]
+    fn free_ftrace_hash(hash: *mut bindings::ftrace_hash);
+    #[link_name = "__SCT__rmmu_core_add_ftrace_hash_entry_direct"]
+    fn add_ftrace_hash_entry_direct(hash: *mut bindings::ftrace_hash, ip: usize, direct: usize) -> *mut c_void;
+    #[link_name = "__SCT__rmmu_core_update_ftrace_direct_add"]
+    fn update_ftrace_direct_add(ops: *mut bindings::ftrace_ops, hash: *mut bindings::ftrace_hash) -> c_int;
+    #[link_name = "__SCT__rmmu_core_update_ftrace_direct_del"]
+    fn update_ftrace_direct_del(ops: *mut bindings::ftrace_ops, hash: *mut bindings::ftrace_hash) -> c_int;
+    #[link_name = "__SCT__rmmu_core_ftrace_location"]
+    fn ftrace_location(ip: usize) -> usize;
+}
+
+/// Size of the patched instruction at a function's entry.
+const PATCH_SIZE: usize = 5;
+/// ftrace's mark of an address that is to be jumped to, not called.
+const FTRACE_JMP: usize = 1;
+/// 2^6 buckets for some forty functions.
+const HASH_BITS: c_int = 6;
+
+/// The one `ftrace_ops`, at a fixed address for as long as the module lives.
+struct Ops(UnsafeCell<MaybeUninit<bindings::ftrace_ops>>);
+
+// SAFETY: reached with `STATE` locked only; what ftrace itself does with it, it locks.
+unsafe impl Sync for Ops {}
+
+static OPS: Ops = Ops(UnsafeCell::new(MaybeUninit::zeroed()));
+
+/// A set of functions and their stubs, as ftrace wants it.
+struct Hash(*mut bindings::ftrace_hash);
+
+impl Hash {
+    fn new() -> Result<Hash> {
+        // SAFETY: process context; bound by `symbols::init`.
+        let hash = unsafe { alloc_ftrace_hash(HASH_BITS) };
+        if hash.is_null() {
+            return Err(ENOMEM);
+        }
+        Ok(Hash(hash))
+    }
+
+    fn add(&mut self, patch: &Patch) -> Result {
+        // SAFETY: the hash is ours; `ip` is a patch site and the stub never returns to it.
+        let entry = unsafe { add_ftrace_hash_entry_direct(self.0, patch.site, patch.stub | FTRACE_JMP) };
+        if entry.is_null() {
+            return Err(ENOMEM);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Hash {
+    fn drop(&mut self) {
+        // SAFETY: ours; ftrace copies what it keeps.
+        unsafe { free_ftrace_hash(self.0) }
+    }
+}
+
+/// Where one entry point is patched.
+struct Patch {
+    name: &'static CStr,
+    site: usize,
+    stub: usize,
+}
+
+/// What is attached.
+struct State {
+    patches: Option<KVec<Patch>>,
+}
+
+kernel::sync::global_lock! {
+    // SAFETY: initialised in `init` before anything locks it.
+    unsafe(uninit) static STATE: Mutex<State> = State { patches: None };
+}
+
+/// The notifier block, at a fixed address.
+struct Notifier(UnsafeCell<MaybeUninit<bindings::notifier_block>>);
+
+// SAFETY: written before it is registered; the kernel's own afterwards.
+unsafe impl Sync for Notifier {}
+
+static NOTIFIER: Notifier = Notifier(UnsafeCell::new(MaybeUninit::zeroed()));
+
+const NOTIFY_OK: c_int = 1;
+const KVM_MODULE: &CStr = c"kvm";
+
+/// Finds an entry's patch site and points its static call past it.
+fn resolve(function: &symbols::Function) -> Result<Patch> {
+    let name = symbols::name(function);
+    let address = symbols::require_kvm(name)?;
+    // SAFETY: any address may be asked for.
+    let site = unsafe { ftrace_location(address) };
+    if site == 0 {
+        pr_err!("{} is not traceable in this kernel, so it cannot be hooked\n", name);
+        return Err(ENOENT);
+    }
+    let stub = function.stub.map_or(0, |stub| stub as usize);
+    symbols::bind(function, site.wrapping_add(PATCH_SIZE));
+    Ok(Patch { name, site, stub })
+}
+
+fn update(patches: &[Patch], add: bool) -> Result {
+    let mut hash = Hash::new()?;
+    for patch in patches {
+        hash.add(patch)?;
+    }
+    let ops = OPS.0.get().cast();
+    // SAFETY: ops and hash are ours and live long enough; the stubs are module text.
+    to_result(unsafe {
+        if add {
+            update_ftrace_direct_add(ops, hash.0)
+        } else {
+            update_ftrace_direct_del(ops, hash.0)
+        }
+    })
+}
+
+/// Says which function could not be hooked, by trying them one at a time.
+fn explain(patches: &[Patch], error: Error) {
+    for patch in patches {
+        let one = core::slice::from_ref(patch);
+        reset_ops();
+        match update(one, true) {
+            Ok(()) => {
+                if let Err(error) = update(one, false) {
+                    pr_err!("hook of {} cannot be taken out again: {:?}\n", patch.name, error);
+                    return;
+                }
+            }
+            Err(error) => {
+                pr_err!(
+                    "{} cannot be hooked ({:?}): a BPF program, another direct caller or a livepatch is on it. \
+                     Remove that and load again; see /sys/kernel/tracing/enabled_functions\n",
+                    patch.name,
+                    error
+                );
+                return;
+            }
+        }
+    }
+    pr_err!("ftrace refuses the hooks: {:?}\n", error);
+}
+
+fn reset_ops() {
+    let ops = OPS.0.get().cast::<bindings::ftrace_ops>();
+    // SAFETY: not registered now; `STATE` is locked, or the module is being loaded.
+    unsafe {
+        ptr::write_bytes(ops, 0, 1);
+        (*ops).flags = bindings::FTRACE_OPS_FL_PERMANENT as _;
+    }
+}
+
+/// Checks kvm.ko, resolves everything and patches. All or nothing.
+fn attach() -> Result {
+    let mut state = STATE.lock();
+    if state.patches.is_some() {
+        return Ok(());
+    }
+    abi::check()?;
+    for function in symbols::callees() {
+        symbols::bind(function, symbols::require_kvm(symbols::name(function))?);
+    }
+    param::bind()?;
+    let mut patches = KVec::with_capacity(symbols::entries().len(), GFP_KERNEL)?;
+    for function in symbols::entries() {
+        patches.push(resolve(function)?, GFP_KERNEL)?;
+    }
+    reset_ops();
+    if let Err(error) = update(&patches, true) {
+        explain(&patches, error);
+        return Err(error);
+    }
+    pr_info!("hooked {} entry points of kvm.ko\n", patches.len());
+    state.patches = Some(patches);
+    Ok(())
+}
+
+/// Takes every hook out. On return no CPU is in a stub.
+fn detach() {
+    let mut state = STATE.lock();
+    let Some(patches) = state.patches.take() else { return };
+    if let Err(error) = update(&patches, false) {
+        pr_err!("hooks cannot be taken out: {:?}\n", error);
+        kernel::warn_on!(true);
+    }
+    pr_info!("unhooked kvm.ko\n");
+}
+
+/// Whether the hooks are in place.
+pub fn attached() -> bool {
+    STATE.lock().patches.is_some()
+}
+
+/// kvm.ko comes or goes.
+///
+/// # Safety
+///
+/// Called by the kernel's module notifier only.
+unsafe extern "C" fn module_event(_: *mut bindings::notifier_block, event: usize, module: *mut c_void) -> c_int {
+    // SAFETY: the notifier's data is the module that changes state.
+    let name = unsafe { CStr::from_char_ptr((*module.cast::<bindings::module>()).name.as_ptr().cast()) };
+    if name.to_bytes() != KVM_MODULE.to_bytes() {
+        return NOTIFY_OK;
+    }
+    if event == bindings::module_state_MODULE_STATE_COMING as usize {
+        // An error was printed; kvm.ko then runs without us.
+        if attach().is_err() {
+            pr_err!("kvm.ko is loaded without rmmu: it owns no VM\n");
+        }
+    } else if event == bindings::module_state_MODULE_STATE_GOING as usize {
+        detach();
+    }
+    NOTIFY_OK
+}
+
+/// Hooks kvm.ko now, or as soon as it is loaded.
+pub fn init() -> Result {
+    // SAFETY: called once, before anything locks it.
+    unsafe { STATE.init() };
+    symbols::init()?;
+    let notifier = NOTIFIER.0.get().cast::<bindings::notifier_block>();
+    // SAFETY: not registered yet.
+    unsafe { (*notifier).notifier_call = Some(core::mem::transmute::<*const c_void, _>(module_event as *const c_void)) };
+    // SAFETY: lives until `exit` takes it out.
+    to_result(unsafe { bindings::register_module_notifier(notifier) })?;
+    if symbols::lookup_kvm(c"kvm_mmu_page_fault")?.is_none() {
+        pr_info!("kvm.ko is not loaded; hooks follow when it is\n");
+        return Ok(());
+    }
+    attach().inspect_err(|_| {
+        // SAFETY: registered above.
+        unsafe { bindings::unregister_module_notifier(notifier) };
+    })
+}
+
+/// Unhooks. No VM of ours exists: each holds a reference on the module.
+pub fn exit() {
+    // SAFETY: registered by `init`.
+    unsafe { bindings::unregister_module_notifier(NOTIFIER.0.get().cast()) };
+    detach();
+    vm::wait_for_teardown();
+}

@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What bindgen makes of KVM's headers. The types are distinct from those of `kernel::bindings`.
+
+#![allow(
+    clippy::all,
+    dead_code,
+    missing_docs,
+    non_camel_case_types,
+    non_snake_case,
+    non_upper_case_globals,
+    improper_ctypes,
+    unreachable_pub,
+    unsafe_op_in_unsafe_fn,
+    unused_imports,
+    unnecessary_transmutes,
+    unused_unsafe
+)]
+
+use kernel::ffi;
+use pin_init::{MaybeZeroable, Zeroable};
+
+type __kernel_size_t = usize;
+type __kernel_ssize_t = isize;
+type __kernel_ptrdiff_t = isize;
+
+include!(concat!(env!("RMMU_OBJ"), "/rust/kvm/bindings_generated.rs"));

@@ -1,0 +1,291 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Wrappers of inline functions and macros for Rust, the module's parameters and its debugfs files. See glue.h.
+ */
+#include <linux/debugfs.h>
+#include <linux/jump_label.h>
+#include <linux/module.h>
+#include <linux/sched/signal.h>
+#include <linux/seq_file.h>
+#include <asm/e820/api.h>
+#include <asm/memtype.h>
+#include "mmu.h"
+#include "mmu/mmu_internal.h"
+#include "lapic.h"
+#include <asm/vmx.h>
+#include "x86.h"
+#include "glue.h"
+
+/* Module parameters */
+
+bool rmmu_own_new_vms = true;
+module_param_named(own_new_vms, rmmu_own_new_vms, bool, 0644);
+MODULE_PARM_DESC(own_new_vms, "Serve the page tables of VMs created from now on (default 1). VMs that exist keep their owner.");
+
+/* Named field: Rust's static branch macro addresses the key by type and field. */
+struct rmmu_tdp_mmu_key {
+	struct static_key_true key;
+};
+struct rmmu_tdp_mmu_key rmmu_tdp_mmu_key = { STATIC_KEY_TRUE_INIT };
+
+bool rmmu_tdp_mmu_enabled(void)
+{
+	return static_key_enabled(&rmmu_tdp_mmu_key.key.key);
+}
+
+void rmmu_switch_tdp_mmu(bool on)
+{
+	if (on)
+		static_branch_enable(&rmmu_tdp_mmu_key.key);
+	else
+		static_branch_disable(&rmmu_tdp_mmu_key.key);
+}
+
+static int rmmu_param_set_tdp_mmu(const char *val, const struct kernel_param *kp)
+{
+	bool on;
+	int ret = kstrtobool(val, &on);
+
+	return ret ?: rmmu_set_tdp_mmu(on);
+}
+
+static int rmmu_param_get_tdp_mmu(char *buffer, const struct kernel_param *kp)
+{
+	return sysfs_emit(buffer, "%c\n", rmmu_tdp_mmu_enabled() ? 'Y' : 'N');
+}
+
+static const struct kernel_param_ops rmmu_tdp_mmu_ops = {
+	.set = rmmu_param_set_tdp_mmu,
+	.get = rmmu_param_get_tdp_mmu,
+};
+module_param_cb(tdp_mmu, &rmmu_tdp_mmu_ops, NULL, 0644);
+MODULE_PARM_DESC(tdp_mmu, "Use the TDP MMU for new VMs (default 1). Off, no VM is taken. Fixed while VMs of ours exist.");
+
+/* mmu_lock, RCU, scheduling */
+
+void rmmu_read_lock(struct kvm *kvm) { read_lock(&kvm->mmu_lock); }
+void rmmu_read_unlock(struct kvm *kvm) { read_unlock(&kvm->mmu_lock); }
+void rmmu_write_lock(struct kvm *kvm) { write_lock(&kvm->mmu_lock); }
+void rmmu_write_unlock(struct kvm *kvm) { write_unlock(&kvm->mmu_lock); }
+void rmmu_relax_read(struct kvm *kvm) { cond_resched_rwlock_read(&kvm->mmu_lock); }
+void rmmu_relax_write(struct kvm *kvm) { cond_resched_rwlock_write(&kvm->mmu_lock); }
+bool rmmu_need_break(struct kvm *kvm) { return need_resched() || rwlock_needbreak(&kvm->mmu_lock); }
+void rmmu_pages_lock(struct kvm *kvm) { spin_lock(&kvm->arch.tdp_mmu_pages_lock); }
+void rmmu_pages_unlock(struct kvm *kvm) { spin_unlock(&kvm->arch.tdp_mmu_pages_lock); }
+void rmmu_rcu_read_lock(void) { rcu_read_lock(); }
+void rmmu_rcu_read_unlock(void) { rcu_read_unlock(); }
+void rmmu_rcu_barrier(void) { rcu_barrier(); }
+void rmmu_cond_resched(void) { cond_resched(); }
+bool rmmu_signal_pending(void) { return signal_pending(current); }
+int rmmu_current_pid(void) { return task_pid_nr(current); }
+
+/* Faults */
+
+bool rmmu_invalidate_retry(struct kvm *kvm, unsigned long seq, gfn_t gfn)
+{
+	return mmu_invalidate_retry_gfn(kvm, seq, gfn);
+}
+
+bool rmmu_invalidate_retry_unsafe(struct kvm *kvm, unsigned long seq, gfn_t gfn)
+{
+	return mmu_invalidate_retry_gfn_unsafe(kvm, seq, gfn);
+}
+
+u64 rmmu_memslots_generation(struct kvm_vcpu *vcpu) { return kvm_vcpu_memslots(vcpu)->generation; }
+unsigned int rmmu_nr_address_spaces(struct kvm *kvm) { return kvm_arch_nr_memslot_as_ids(kvm); }
+bool rmmu_mmio_cached(struct kvm_vcpu *vcpu, gpa_t gpa) { return vcpu_match_mmio_gpa(vcpu, gpa); }
+
+void rmmu_mmio_cache(struct kvm_vcpu *vcpu, gfn_t gfn, unsigned int access)
+{
+	vcpu_cache_mmio_info(vcpu, 0, gfn, access);
+}
+
+void rmmu_mmio_forget(struct kvm_vcpu *vcpu) { vcpu_clear_mmio_info(vcpu, MMIO_GVA_ANY); }
+bool rmmu_guest_mode(struct kvm_vcpu *vcpu) { return is_guest_mode(vcpu); }
+bool rmmu_mmu_is_nested(struct kvm_vcpu *vcpu) { return mmu_is_nested(vcpu); }
+void rmmu_signal_exit(struct kvm_vcpu *vcpu) { kvm_handle_signal_exit(vcpu); }
+
+void rmmu_memory_fault_exit(struct kvm_vcpu *vcpu, gfn_t gfn, bool write, bool exec)
+{
+	kvm_prepare_memory_fault_exit(vcpu, gfn_to_gpa(gfn), PAGE_SIZE, write, exec, false);
+}
+
+void rmmu_hwpoison_signal(const struct kvm_memory_slot *slot, gfn_t gfn)
+{
+	send_sig_mceerr(BUS_MCEERR_AR, (void __user *)__gfn_to_hva_memslot(slot, gfn), PAGE_SHIFT, current);
+}
+
+void rmmu_release_unused(struct page *page) { put_page(page); }
+void rmmu_request_load_pgd(struct kvm_vcpu *vcpu) { kvm_make_request(KVM_REQ_LOAD_MMU_PGD, vcpu); }
+void rmmu_request_apf_halt(struct kvm_vcpu *vcpu) { kvm_make_request(KVM_REQ_APF_HALT, vcpu); }
+bool rmmu_take_vm_dead(struct kvm_vcpu *vcpu) { return kvm_check_request(KVM_REQ_VM_DEAD, vcpu); }
+
+bool rmmu_take_free_obsolete_roots(struct kvm_vcpu *vcpu)
+{
+	return kvm_check_request(KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, vcpu);
+}
+
+int rmmu_req_free_obsolete_roots(void) { return KVM_REQ_MMU_FREE_OBSOLETE_ROOTS; }
+int rmmu_req_apic_page_reload(void) { return KVM_REQ_APIC_PAGE_RELOAD; }
+bool rmmu_host_mmio_buffers(void) { return cpu_feature_enabled(X86_FEATURE_CLEAR_CPU_BUF_VM_MMIO); }
+
+DECLARE_STATIC_CALL(rmmu_call_kvm_make_all_cpus_request, kvm_make_all_cpus_request);
+
+void rmmu_force_exit_all(struct kvm *kvm)
+{
+	static_call(rmmu_call_kvm_make_all_cpus_request)(kvm, KVM_REQ_OUTSIDE_GUEST_MODE);
+}
+
+DECLARE_STATIC_CALL(rmmu_core_e820__mapped_raw_any, e820__mapped_raw_any);
+DECLARE_STATIC_CALL(rmmu_core_pat_pfn_immune_to_uc_mtrr, pat_pfn_immune_to_uc_mtrr);
+
+/* Whether the host maps @pfn uncached, i.e. it is a device's and not memory. */
+bool rmmu_is_mmio_pfn(u64 pfn)
+{
+	if (pfn_valid(pfn))
+		return !is_zero_pfn(pfn) && PageReserved(pfn_to_page(pfn)) &&
+		       (!pat_enabled() || static_call(rmmu_core_pat_pfn_immune_to_uc_mtrr)(pfn));
+	return !static_call(rmmu_core_e820__mapped_raw_any)(PFN_PHYS(pfn), PFN_PHYS(pfn + 1) - 1, E820_TYPE_RAM);
+}
+
+/* Memory slots */
+
+bool rmmu_slot_dirty_tracked(const struct kvm_memory_slot *slot) { return kvm_slot_dirty_track_enabled(slot); }
+bool rmmu_slot_gmem_only(const struct kvm_memory_slot *slot) { return kvm_memslot_is_gmem_only(slot); }
+bool rmmu_slot_is_apic_access(const struct kvm_memory_slot *slot)
+{
+	return slot->id == APIC_ACCESS_PAGE_PRIVATE_MEMSLOT;
+}
+
+
+bool rmmu_slot_lpage_disallowed(const struct kvm_memory_slot *slot, gfn_t gfn, int level)
+{
+	return slot->arch.lpage_info[level - 2][gfn_to_index(gfn, slot->base_gfn, level)].disallow_lpage;
+}
+
+/*
+ * The level at which the host maps @gfn now. Interrupts are off so that the host's tables cannot be freed under the walk; the
+ * answer can be stale as soon as it is given, and the caller holds mmu_lock and checks for an invalidation.
+ */
+int rmmu_host_mapping_level(struct kvm *kvm, const struct kvm_memory_slot *slot, gfn_t gfn)
+{
+	unsigned long hva = __gfn_to_hva_memslot(slot, gfn);
+	int level = PG_LEVEL_4K;
+	unsigned long flags;
+	pgd_t pgd;
+	p4d_t p4d;
+	pud_t pud;
+	pmd_t pmd;
+
+	local_irq_save(flags);
+	/* Each entry is read once: it may change between a test and a use. */
+	pgd = READ_ONCE(*pgd_offset(kvm->mm, hva));
+	if (pgd_none(pgd))
+		goto done;
+	p4d = READ_ONCE(*p4d_offset(&pgd, hva));
+	if (p4d_none(p4d) || !p4d_present(p4d))
+		goto done;
+	pud = READ_ONCE(*pud_offset(&p4d, hva));
+	if (pud_none(pud) || !pud_present(pud))
+		goto done;
+	if (pud_leaf(pud)) {
+		level = PG_LEVEL_1G;
+		goto done;
+	}
+	pmd = READ_ONCE(*pmd_offset(&pud, hva));
+	if (!pmd_none(pmd) && pmd_present(pmd) && pmd_leaf(pmd))
+		level = PG_LEVEL_2M;
+done:
+	local_irq_restore(flags);
+	return level;
+}
+
+bool rmmu_manual_protect_init_set(struct kvm *kvm) { return kvm_dirty_log_manual_protect_and_init_set(kvm); }
+bool rmmu_slot_zap_all_quirk(struct kvm *kvm) { return kvm_check_has_quirk(kvm, KVM_X86_QUIRK_SLOT_ZAP_ALL); }
+
+/* Table pages */
+
+static struct kmem_cache **rmmu_header_cache;
+
+void rmmu_set_header_cache(struct kmem_cache **cache) { rmmu_header_cache = cache; }
+void *rmmu_table_header(u64 hpa) { return (void *)page_private(pfn_to_page(PHYS_PFN(hpa))); }
+void rmmu_table_join(void *header, void *spt) { set_page_private(virt_to_page(spt), (unsigned long)header); }
+void rmmu_table_part(void *spt) { set_page_private(virt_to_page(spt), 0); }
+u64 rmmu_pa(const void *spt) { return __pa(spt); }
+void rmmu_table_account(void *spt, int nr) { kvm_account_pgtable_pages(spt, nr); }
+void *rmmu_header_alloc(void) { return kmem_cache_zalloc(*rmmu_header_cache, GFP_KERNEL_ACCOUNT); }
+void rmmu_header_free(void *header) { kmem_cache_free(*rmmu_header_cache, header); }
+void *rmmu_page_alloc(void) { return (void *)__get_free_page(GFP_KERNEL_ACCOUNT); }
+void rmmu_page_free(void *spt) { free_page((unsigned long)spt); }
+
+static void rmmu_table_rcu(struct rcu_head *head)
+{
+	rmmu_table_freed(container_of(head, struct kvm_mmu_page, rcu_head));
+}
+
+void rmmu_table_free_rcu(void *header)
+{
+	call_rcu(&((struct kvm_mmu_page *)header)->rcu_head, rmmu_table_rcu);
+}
+
+/* A broken invariant: say so once, and let the VM run no further. */
+void rmmu_vm_bug(struct kvm *kvm, const char *what)
+{
+	WARN_ONCE(1, "rmmu: %s\n", what);
+	kvm->vm_bugged = true;
+	kvm->vm_dead = true;
+	static_call(rmmu_call_kvm_make_all_cpus_request)(kvm, KVM_REQ_VM_DEAD);
+}
+
+/* debugfs */
+
+static struct dentry *rmmu_dir, *rmmu_vms_dir;
+
+#define RMMU_SHOW(name)							\
+static int rmmu_##name##_show(struct seq_file *m, void *unused)		\
+{									\
+	rmmu_show_##name(m);						\
+	return 0;							\
+}									\
+DEFINE_SHOW_ATTRIBUTE(rmmu_##name)
+
+#define RMMU_SHOW_VM(name)						\
+static int rmmu_##name##_show(struct seq_file *m, void *unused)		\
+{									\
+	rmmu_show_##name(m, m->private);				\
+	return 0;							\
+}									\
+DEFINE_SHOW_ATTRIBUTE(rmmu_##name)
+
+RMMU_SHOW(hooks);
+RMMU_SHOW(stats);
+RMMU_SHOW_VM(owner);
+RMMU_SHOW_VM(pages);
+RMMU_SHOW_VM(tables);
+RMMU_SHOW_VM(faults);
+RMMU_SHOW_VM(page_table);
+
+struct dentry *rmmu_debugfs_init(void)
+{
+	rmmu_dir = debugfs_create_dir("rmmu", NULL);
+	debugfs_create_file("hooks", 0444, rmmu_dir, NULL, &rmmu_hooks_fops);
+	debugfs_create_file("stats", 0444, rmmu_dir, NULL, &rmmu_stats_fops);
+	rmmu_vms_dir = debugfs_create_dir("vms", rmmu_dir);
+	return rmmu_dir;
+}
+
+void rmmu_debugfs_exit(void) { debugfs_remove(rmmu_dir); }
+
+struct dentry *rmmu_debugfs_add_vm(const char *name, void *vm)
+{
+	struct dentry *dir = debugfs_create_dir(name, rmmu_vms_dir);
+
+	debugfs_create_file("owner", 0444, dir, vm, &rmmu_owner_fops);
+	debugfs_create_file("pages", 0444, dir, vm, &rmmu_pages_fops);
+	debugfs_create_file("tables", 0444, dir, vm, &rmmu_tables_fops);
+	debugfs_create_file("faults", 0444, dir, vm, &rmmu_faults_fops);
+	debugfs_create_file("page_table", 0444, dir, vm, &rmmu_page_table_fops);
+	return dir;
+}
+
+void rmmu_debugfs_del_vm(struct dentry *dir) { debugfs_remove(dir); }

@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Parameters: our own, and kvm.ko's variables that decide what the MMU does.
+
+use crate::{
+    kvm::{bindings, symbols, vm::Kvm},
+    mmu::{
+        spte::SpteFormat,
+        types::{Gfn, Level},
+    },
+};
+use core::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use kernel::prelude::*;
+
+/// Static key in a C struct, addressed by type and field.
+#[repr(C)]
+struct TdpMmuKey {
+    key: kernel::bindings::static_key_true,
+}
+
+extern "C" {
+    static rmmu_tdp_mmu_key: TdpMmuKey;
+}
+
+/// Whether the TDP MMU serves faults: a NOP where it does.
+#[inline(always)]
+pub fn tdp_mmu() -> bool {
+    // SAFETY: a static key that C defines, true by default, which is what the branch's bias says.
+    !unsafe { kernel::jump_label::arch_static_branch!(rmmu_tdp_mmu_key, TdpMmuKey, key, true) }
+}
+
+/// Switches the key. No owned VM may exist.
+pub fn switch_tdp_mmu(on: bool) {
+    // SAFETY: process context.
+    unsafe { bindings::rmmu_switch_tdp_mmu(on) }
+}
+
+/// Whether VMs created from now on are to be ours.
+pub fn own_new_vms() -> bool {
+    // SAFETY: a byte that sysfs writes; read once.
+    unsafe { (&raw const bindings::rmmu_own_new_vms).read_volatile() }
+}
+
+/// Where kvm.ko keeps what can change while it runs.
+static NX_HUGE_PAGES: AtomicPtr<i32> = AtomicPtr::new(core::ptr::null_mut());
+static EAGER_PAGE_SPLIT: AtomicPtr<bool> = AtomicPtr::new(core::ptr::null_mut());
+static MAX_HUGE_LEVEL: AtomicUsize = AtomicUsize::new(1);
+
+/// Looks the variables up; kvm.ko is there.
+pub fn bind() -> Result {
+    NX_HUGE_PAGES.store(symbols::require_kvm(c"nx_huge_pages")? as *mut i32, Ordering::Relaxed);
+    EAGER_PAGE_SPLIT.store(symbols::require_kvm(c"eager_page_split")? as *mut bool, Ordering::Relaxed);
+    let cache = symbols::require_kvm(c"mmu_page_header_cache")?;
+    // SAFETY: the address of kvm.ko's `struct kmem_cache *`, which is used only while a VM of ours, and so kvm.ko, lives.
+    unsafe { bindings::rmmu_set_header_cache(cache as *mut *mut bindings::kmem_cache) };
+    Ok(())
+}
+
+/// kvm's `nx_huge_pages`.
+pub fn nx_huge_pages() -> bool {
+    let variable = NX_HUGE_PAGES.load(Ordering::Relaxed);
+    // SAFETY: bound before any VM is ours, and kvm.ko stays while one is.
+    !variable.is_null() && unsafe { variable.read_volatile() } != 0
+}
+
+/// kvm's `eager_page_split`.
+pub fn eager_page_split() -> bool {
+    let variable = EAGER_PAGE_SPLIT.load(Ordering::Relaxed);
+    // SAFETY: as above.
+    !variable.is_null() && unsafe { variable.read_volatile() }
+}
+
+/// The highest level that the hardware maps.
+pub fn max_huge_level() -> Level {
+    Level::new(MAX_HUGE_LEVEL.load(Ordering::Relaxed) as u8).unwrap_or(Level::L4K)
+}
+
+/// Why kvm.ko's configuration leaves us nothing to do, if so.
+pub fn unsupported() -> Result<Option<&'static str>> {
+    // SAFETY: both are `bool` in kvm.ko.
+    let (tdp, tdp_mmu) = unsafe { (symbols::read_kvm::<bool>(c"tdp_enabled")?, symbols::read_kvm::<bool>(c"tdp_mmu_enabled")?) };
+    Ok(if !tdp {
+        Some("KVM runs without nested paging (npt=0 or ept=0)")
+    } else if !tdp_mmu {
+        Some("kvm's parameter tdp_mmu is 0")
+    } else {
+        None
+    })
+}
+
+/// Binds the vendor module's operations. Returns whether it matters if a page is a device's: for memory types, memory
+/// encryption, or buffers that must be cleared.
+pub fn bind_vendor() -> Result<bool> {
+    let ops = symbols::require_kvm(c"kvm_x86_ops")? as *const bindings::kvm_x86_ops;
+    // SAFETY: kvm.ko's table of operations, filled in while a VM exists or is created.
+    let memtypes = unsafe { bindings::rmmu_bind_vendor(ops) };
+    // SAFETY: no precondition.
+    let buffers = unsafe { bindings::rmmu_host_mmio_buffers() };
+    Ok(memtypes || buffers || mask(c"shadow_me_value")? != 0)
+}
+
+/// Reads a mask of kvm.ko.
+fn mask(name: &kernel::str::CStr) -> Result<u64> {
+    // SAFETY: every name passed is a `u64` in kvm.ko.
+    unsafe { symbols::read_kvm::<u64>(name) }
+}
+
+/// How entries of this VM look, out of KVM's masks. They are constant while a vendor module is loaded.
+pub fn spte_format(kvm: &Kvm) -> Result<SpteFormat> {
+    // SAFETY: an `int` in kvm.ko, 1 to 3.
+    let max_level = unsafe { symbols::read_kvm::<i32>(c"max_huge_page_level")? };
+    MAX_HUGE_LEVEL.store(max_level.clamp(1, 3) as usize, Ordering::Relaxed);
+    // SAFETY: both are `bool` in kvm.ko.
+    let (ad_enabled, mmio_caching) = unsafe {
+        (
+            symbols::read_kvm::<bool>(c"kvm_ad_enabled")?,
+            symbols::read_kvm::<bool>(c"enable_mmio_caching")?,
+        )
+    };
+    // SAFETY: `kvm_host` is a `struct kvm_host_values`, which has no invalid bits in the fields read.
+    let host_values = unsafe { symbols::read_kvm::<bindings::kvm_host_values>(c"kvm_host")? };
+    let physical_bits = u32::from(host_values.maxphyaddr).clamp(32, 52);
+    let present = mask(c"shadow_present_mask")?;
+    let nx = mask(c"shadow_nx_mask")?;
+    let me_mask = mask(c"shadow_me_mask")?;
+    // Bits of the address that the host does not have, apart from those that select encryption.
+    let no_address = (u64::MAX >> 12) & !u64::MAX.wrapping_shl(52) & u64::MAX.wrapping_shl(physical_bits) & !me_mask;
+    let ept = nx == 0;
+    Ok(SpteFormat {
+        present,
+        accessed: mask(c"shadow_accessed_mask")?,
+        dirty: mask(c"shadow_dirty_mask")?,
+        nx,
+        user: mask(c"shadow_user_mask")?,
+        xs: mask(c"shadow_xs_mask")?,
+        xu: mask(c"shadow_xu_mask")?,
+        acc_track: mask(c"shadow_acc_track_mask")?,
+        host_writable: mask(c"shadow_host_writable_mask")?,
+        mmu_writable: mask(c"shadow_mmu_writable_mask")?,
+        me_value: mask(c"shadow_me_value")?,
+        me_mask,
+        mmio_value: kvm.mmio_value(),
+        mmio_mask: mask(c"shadow_mmio_mask")?,
+        mmio_access_mask: mask(c"shadow_mmio_access_mask")?,
+        nonpresent_or_rsvd: mask(c"shadow_nonpresent_or_rsvd_mask")?,
+        nonpresent_or_rsvd_lower_gfn: mask(c"shadow_nonpresent_or_rsvd_lower_gfn_mask")?,
+        base_addr_mask: 0x000f_ffff_ffff_f000 & !me_mask,
+        rsvd: reserved_bits(no_address),
+        // EPT: write without read (XWR 010, 110) and, without execute-only support, is what KVM never makes; see Intel
+        // SDM 31.3.3.1, "EPT misconfigurations".
+        bad_mt_xwr: if ept { bad_ept_types() } else { 0 },
+        ad_enabled,
+        mmio_caching,
+        pml: kvm.cpu_dirty_log_size() != 0,
+        max_gfn: Gfn((1u64 << (physical_bits - 12)) - 1),
+    })
+}
+
+/// Bits that are reserved in an entry, by its page-size bit and level - 1: addresses the host lacks, and the low address
+/// bits of large pages (AMD APM volume 2, 5.3; Intel SDM 31.3.2).
+fn reserved_bits(no_address: u64) -> [[u64; 5]; 2] {
+    let huge = |level: u32| no_address | ((1u64 << (12 + 9 * (level - 1))) - 1) & !0x1fff;
+    [
+        [no_address; 5],
+        [no_address, huge(2), huge(3), no_address | 1 << 7, no_address | 1 << 7],
+    ]
+}
+
+/// Combinations of memory type (bits 5:3) and XWR (bits 2:0) that are EPT misconfigurations, as a bitmap over bits 5:0.
+fn bad_ept_types() -> u64 {
+    let mut bad = 0u64;
+    for bits in 0..64u32 {
+        let (memtype, xwr) = (bits >> 3, bits & 7);
+        if matches!(memtype, 2 | 3 | 7) || matches!(xwr, 0b010 | 0b110) {
+            bad |= 1 << bits;
+        }
+    }
+    bad
+}

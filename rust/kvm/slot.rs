@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `struct kvm_memory_slot`.
+
+use crate::{
+    kvm::{bindings, calls, vm::Kvm},
+    mmu::types::{Gfn, GfnRange, Level},
+};
+use kernel::types::Opaque;
+
+/// A memory slot, protected by KVM's SRCU or slots_lock for as long as a handler runs.
+#[repr(transparent)]
+pub struct Slot(Opaque<bindings::kvm_memory_slot>);
+
+impl Slot {
+    /// Wraps KVM's pointer; `None` for a null pointer.
+    ///
+    /// # Safety
+    ///
+    /// A slot that is not null lives during `'a`.
+    pub unsafe fn from_raw<'a>(slot: *const bindings::kvm_memory_slot) -> Option<&'a Slot> {
+        // SAFETY: a transparent wrapper; the caller promises the rest.
+        unsafe { slot.cast::<Slot>().as_ref() }
+    }
+
+    /// KVM's pointer.
+    pub fn as_ptr(&self) -> *mut bindings::kvm_memory_slot {
+        self.0.get()
+    }
+
+    /// The frames of the slot.
+    pub fn range(&self) -> GfnRange {
+        // SAFETY: the slot lives, and its place is constant.
+        let (base, pages) = unsafe { ((*self.as_ptr()).base_gfn, (*self.as_ptr()).npages) };
+        GfnRange::new(Gfn(base), Gfn(base.wrapping_add(pages as u64)))
+    }
+
+    /// Whether the slot is of the SMM address space.
+    pub fn smm(&self) -> bool {
+        // SAFETY: the slot lives.
+        unsafe { (*self.as_ptr()).as_id == 1 }
+    }
+
+    /// Whether the slot is on its way out (deleted or moved).
+    pub fn invalid(&self) -> bool {
+        // SAFETY: the slot lives; a word that is read once.
+        let flags = unsafe { core::ptr::read_volatile(&raw const (*self.as_ptr()).flags) };
+        flags & bindings::KVM_MEMSLOT_INVALID as u32 != 0
+    }
+
+    /// Whether the guest may only read.
+    pub fn read_only(&self) -> bool {
+        // SAFETY: the slot lives.
+        unsafe { (*self.as_ptr()).flags & bindings::KVM_MEM_READONLY as u32 != 0 }
+    }
+
+    /// Whether the slot is KVM's own page for the APIC.
+    pub fn is_apic_access_page(&self) -> bool {
+        // SAFETY: the slot lives.
+        unsafe { bindings::rmmu_slot_is_apic_access(self.as_ptr()) }
+    }
+
+    /// Whether writes to the slot are logged.
+    pub fn dirty_tracked(&self) -> bool {
+        // SAFETY: the slot lives.
+        unsafe { bindings::rmmu_slot_dirty_tracked(self.as_ptr()) }
+    }
+
+    /// Whether all of the slot's memory is a guest_memfd.
+    pub fn gmem_only(&self) -> bool {
+        // SAFETY: the slot lives.
+        unsafe { bindings::rmmu_slot_gmem_only(self.as_ptr()) }
+    }
+
+    /// Whether somebody outside of KVM tracks writes to `gfn`, which lies in the slot.
+    pub fn write_tracked(&self, kvm: &Kvm, gfn: Gfn) -> bool {
+        // SAFETY: both live, and the frame is in the slot.
+        unsafe { calls::kvm_gfn_is_write_tracked(kvm.as_ptr(), self.as_ptr(), gfn.0) }
+    }
+
+    /// Marks `gfn` in the dirty log.
+    pub fn mark_dirty(&self, kvm: &Kvm, gfn: Gfn) {
+        // SAFETY: both live.
+        unsafe { calls::mark_page_dirty_in_slot(kvm.as_ptr(), self.as_ptr(), gfn.0) }
+    }
+
+    /// The highest level at which `gfn` may be mapped: what slot and host allow, at most `limit`.
+    ///
+    /// The caller holds `mmu_lock` and has checked, or will check, for an invalidation.
+    pub fn max_mapping_level(&self, kvm: &Kvm, gfn: Gfn, limit: Level) -> Level {
+        let range = self.range();
+        let mut level = limit.min(Level::MAX_HUGE);
+        // `gfn` of a table that starts before the slot has no lpage_info.
+        if gfn < range.start || gfn >= range.end {
+            return Level::L4K;
+        }
+        while level > Level::L4K {
+            // SAFETY: the slot lives, the frame is in it, and the level is 2M or 1G.
+            let disallowed = unsafe { bindings::rmmu_slot_lpage_disallowed(self.as_ptr(), gfn.0, level.get().into()) };
+            if !disallowed {
+                break;
+            }
+            level = level.child().unwrap_or(Level::L4K);
+        }
+        if level == Level::L4K || self.gmem_only() {
+            return Level::L4K;
+        }
+        // SAFETY: both live; the VM's mm cannot go while a handler runs.
+        let host = unsafe { bindings::rmmu_host_mapping_level(kvm.as_ptr(), self.as_ptr(), gfn.0) };
+        Level::new(host as u8).unwrap_or(Level::L4K).min(level)
+    }
+}

@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Table pages: a page of entries, and the header that its `struct page` points to.
+//!
+//! Headers come from kvm.ko's own slab cache, and pages of the fault path from the vCPU's own caches, so that a VM of ours
+//! costs what an in-tree VM costs, is charged to the same cgroup, and its vCPU caches are filled and freed by KVM. The
+//! engine's header overlays `struct kvm_mmu_page`: vmx.c reads one flag of it (`has_mapped_host_mmio`), and its `rcu_head`
+//! carries the table to its end.
+
+use crate::{
+    kvm::{bindings, vcpu::Vcpu},
+    mmu::{
+        host::TableSource,
+        role::Role,
+        table::{Entries, Table, TablePtr, HOST_MMIO_OFFSET},
+        types::Hpa,
+    },
+};
+use core::{
+    ffi::c_void,
+    mem::{offset_of, size_of},
+    ptr::NonNull,
+    sync::atomic::{AtomicI64, Ordering},
+};
+
+const _: () = assert!(size_of::<Table>() <= offset_of!(bindings::kvm_mmu_page, callback_head));
+const _: () = assert!(HOST_MMIO_OFFSET == offset_of!(bindings::kvm_mmu_page, has_mapped_host_mmio));
+
+/// Table pages of all VMs that have not been freed, roots and those that wait for a grace period included.
+static LIVE: AtomicI64 = AtomicI64::new(0);
+
+/// Table pages that exist.
+pub fn live() -> i64 {
+    LIVE.load(Ordering::Relaxed)
+}
+
+/// Waits until every table that was freed is gone.
+pub fn wait_for_frees() {
+    // SAFETY: process context, and no RCU section is entered.
+    unsafe { bindings::rmmu_rcu_barrier() }
+}
+
+/// Makes a table of a fresh header and page.
+///
+/// # Safety
+///
+/// Both are valid, the header is zeroed, and nothing else points to either.
+unsafe fn join(header: NonNull<c_void>, page: NonNull<c_void>) -> TablePtr {
+    // SAFETY: the page is a whole page of the kernel's memory.
+    let hpa = unsafe {
+        bindings::rmmu_table_join(header.as_ptr(), page.as_ptr());
+        bindings::rmmu_pa(page.as_ptr())
+    };
+    LIVE.fetch_add(1, Ordering::Relaxed);
+    // SAFETY: the caller promises a zeroed header of the size asserted above and a page that are nobody else's.
+    unsafe { TablePtr::adopt(header.cast::<Table>(), page.cast::<Entries>(), Hpa(hpa)) }
+}
+
+/// A new table. Sleeps.
+pub(super) fn alloc() -> Option<TablePtr> {
+    // SAFETY: no precondition.
+    let header = NonNull::new(unsafe { bindings::rmmu_header_alloc() })?;
+    // SAFETY: no precondition.
+    let Some(page) = NonNull::new(unsafe { bindings::rmmu_page_alloc() }) else {
+        // SAFETY: allocated above, unused.
+        unsafe { bindings::rmmu_header_free(header.as_ptr()) };
+        return None;
+    };
+    // SAFETY: both are fresh, and the cache gives zeroed headers.
+    Some(unsafe { join(header, page) })
+}
+
+/// Frees a table that nobody can reach.
+///
+/// # Safety
+///
+/// `table` was made by [`join`] and nothing points to it any more.
+pub(super) unsafe fn free_now(table: TablePtr) {
+    let page = table.entries().as_ptr().cast::<c_void>();
+    // SAFETY: the caller's promise.
+    unsafe {
+        bindings::rmmu_table_part(page);
+        bindings::rmmu_page_free(page);
+        bindings::rmmu_header_free(table.as_ptr().as_ptr().cast());
+    }
+    LIVE.fetch_sub(1, Ordering::Relaxed);
+}
+
+/// Frees a table after a grace period.
+///
+/// # Safety
+///
+/// As for [`free_now`], except that readers under RCU may still look at the table.
+pub(super) unsafe fn free_rcu(table: TablePtr) {
+    // SAFETY: the header is an object of the cache of `struct kvm_mmu_page`, whose rcu_head the engine leaves alone.
+    unsafe { bindings::rmmu_table_free_rcu(table.as_ptr().as_ptr().cast()) }
+}
+
+/// The grace period of a table is over.
+#[no_mangle]
+extern "C" fn rmmu_table_freed(header: *mut c_void) {
+    if let Some(header) = NonNull::new(header) {
+        // SAFETY: handed to call_rcu() by `free_rcu`, whose caller promised that nothing but readers could reach it.
+        unsafe { free_now(TablePtr::from_raw(header.cast())) }
+    }
+}
+
+/// The table of a root that a vCPU has loaded.
+///
+/// `hpa` is what [`Mmu`](crate::kvm::Mmu) says: only our own `load` stores roots there, with a reference.
+pub fn root_at(hpa: Hpa) -> Option<TablePtr> {
+    // SAFETY: the address of a live table's page, whose private word is the header that `join` put there.
+    let header = NonNull::new(unsafe { bindings::rmmu_table_header(hpa.0) })?;
+    // SAFETY: as above.
+    Some(unsafe { TablePtr::from_raw(header.cast()) })
+}
+
+/// The role of a root that the caller holds a reference on.
+pub fn role(root: TablePtr) -> Role {
+    // SAFETY: the reference keeps it alive.
+    unsafe { root.as_ref() }.role()
+}
+
+/// Whether a root, on which the caller holds a reference, was invalidated.
+pub fn invalid(root: TablePtr) -> bool {
+    // SAFETY: the reference keeps it alive.
+    unsafe { root.as_ref() }.is_invalid()
+}
+
+/// The vCPU's caches as a source of tables.
+pub struct VcpuCache<'a>(pub &'a Vcpu);
+
+// SAFETY: what the caches give is fresh; `join` adopts it. KVM fills pages of mmu_shadow_page_cache with
+// SHADOW_NONPRESENT_VALUE, which is the engine's NONPRESENT.
+unsafe impl TableSource for VcpuCache<'_> {
+    const PREFILLED: bool = true;
+
+    fn take(&mut self) -> Option<TablePtr> {
+        let (header, page) = self.0.take_table()?;
+        // SAFETY: fresh out of the caches; headers are zeroed (gfp_zero).
+        Some(unsafe { join(NonNull::new(header)?, NonNull::new(page)?) })
+    }
+}

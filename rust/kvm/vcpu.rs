@@ -1,0 +1,351 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `struct kvm_vcpu` and its `struct kvm_mmu`: roots, caches, requests and statistics of a vCPU.
+
+use crate::{
+    kvm::{bindings, calls, slot::Slot, vm::Kvm},
+    mmu::{role::Role, types::Gfn, types::Hpa, types::Level},
+};
+use core::ffi::c_void;
+use kernel::{error::to_result, prelude::*, types::Opaque};
+
+/// A vCPU, held by this thread.
+#[repr(transparent)]
+pub struct Vcpu(Opaque<bindings::kvm_vcpu>);
+
+/// The paging context and roots of a vCPU, for itself or for a nested guest.
+#[repr(transparent)]
+pub struct Mmu(Opaque<bindings::kvm_mmu>);
+
+/// Which roots of an [`Mmu`]: KVM's `KVM_MMU_ROOT_*` bits.
+#[derive(Clone, Copy)]
+pub struct RootSet(pub u64);
+
+/// KVM's `INVALID_PAGE`.
+const INVALID_PAGE: u64 = u64::MAX;
+
+impl RootSet {
+    /// The root in use and all previous ones.
+    pub const ALL: RootSet = RootSet(u64::MAX);
+
+    fn has(self, bit: u32) -> bool {
+        self.0 & 1u64.wrapping_shl(bit) != 0
+    }
+}
+
+impl Mmu {
+    /// Wraps KVM's pointer.
+    ///
+    /// # Safety
+    ///
+    /// `mmu` lives during `'a` and belongs to a vCPU that this thread holds.
+    pub unsafe fn from_raw<'a>(mmu: *mut bindings::kvm_mmu) -> &'a Mmu {
+        // SAFETY: a transparent wrapper; the caller promises the rest.
+        unsafe { &*mmu.cast() }
+    }
+
+    /// Whether the root maps guest physical addresses, not a guest's own tables.
+    pub fn direct(&self) -> bool {
+        self.role_bits().direct() != 0
+    }
+
+    /// The role of the root that this context needs.
+    pub fn root_role(&self) -> Option<Role> {
+        let bits = self.role_bits();
+        Some(Role {
+            word: self.role_word(),
+            level: Level::new(bits.level() as u8)?,
+            smm: bits.smm() != 0,
+            guest_mode: bits.guest_mode() != 0,
+            ad_disabled: bits.ad_disabled() != 0,
+            access: bits.access() as u8,
+        })
+    }
+
+    /// KVM's word for that role.
+    pub fn role_word(&self) -> u32 {
+        // SAFETY: the context lives; any bits are a word.
+        unsafe { (*self.0.get()).root_role.word }
+    }
+
+    fn role_bits(&self) -> bindings::kvm_mmu_page_role__bindgen_ty_1 {
+        // SAFETY: the context lives; the union is one word of bits.
+        unsafe { (*self.0.get()).root_role.__bindgen_anon_1 }
+    }
+
+    /// The root in use.
+    pub fn root(&self) -> Option<Hpa> {
+        // SAFETY: the context lives and is this thread's.
+        let hpa = unsafe { (*self.0.get()).root.hpa };
+        (hpa != INVALID_PAGE).then_some(Hpa(hpa))
+    }
+
+    /// Sets the root in use, or none.
+    pub fn set_root(&self, root: Option<Hpa>) {
+        // SAFETY: the context lives and is this thread's.
+        unsafe {
+            (*self.0.get()).root.hpa = root.map_or(INVALID_PAGE, |hpa| hpa.0);
+            (*self.0.get()).root.pgd = 0;
+        }
+    }
+
+    /// Hands every root of `set` for which `drop_it` says so to `sink`, and forgets it.
+    pub fn take_roots(&self, set: RootSet, mut drop_it: impl FnMut(Hpa) -> bool, mut sink: impl FnMut(Hpa)) {
+        if let Some(root) = self.root().filter(|&hpa| set.has(0) && drop_it(hpa)) {
+            self.set_root(None);
+            sink(root);
+        }
+        // SAFETY: the context lives and is this thread's.
+        let previous = unsafe { &mut (*self.0.get()).prev_roots };
+        for (bit, root) in (1..).zip(previous.iter_mut()) {
+            if root.hpa != INVALID_PAGE && set.has(bit) && drop_it(Hpa(root.hpa)) {
+                let hpa = Hpa(root.hpa);
+                root.hpa = INVALID_PAGE;
+                root.pgd = u64::MAX;
+                sink(hpa);
+            }
+        }
+    }
+}
+
+/// A counter of faults that KVM keeps for each vCPU.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FaultStat {
+    /// Faults that went down the whole path.
+    Taken,
+    /// Faults that installed or changed an entry.
+    Fixed,
+    /// Faults fixed without a lock.
+    Fast,
+    /// Faults that had nothing left to do.
+    Spurious,
+    /// Faults whose instruction is emulated.
+    Emulate,
+    /// MMIO entries installed.
+    MmioInstalled,
+}
+
+impl Vcpu {
+    /// Wraps KVM's pointer.
+    ///
+    /// # Safety
+    ///
+    /// `vcpu` lives during `'a` and this thread holds it (its mutex, or it is being created or destroyed).
+    pub unsafe fn from_raw<'a>(vcpu: *mut bindings::kvm_vcpu) -> &'a Vcpu {
+        // SAFETY: a transparent wrapper; the caller promises the rest.
+        unsafe { &*vcpu.cast() }
+    }
+
+    /// KVM's pointer.
+    pub fn as_ptr(&self) -> *mut bindings::kvm_vcpu {
+        self.0.get()
+    }
+
+    /// The VM.
+    pub fn kvm(&self) -> &Kvm {
+        // SAFETY: a vCPU's VM outlives it.
+        unsafe { Kvm::from_raw((*self.as_ptr()).kvm) }
+    }
+
+    /// The context in use.
+    pub fn mmu(&self) -> &Mmu {
+        // SAFETY: points into the vCPU, which lives.
+        unsafe { Mmu::from_raw((*self.as_ptr()).arch.mmu) }
+    }
+
+    /// The context of the guest itself.
+    pub fn root_mmu(&self) -> &Mmu {
+        // SAFETY: part of the vCPU, which lives.
+        unsafe { Mmu::from_raw(&raw mut (*self.as_ptr()).arch.root_mmu) }
+    }
+
+    /// The context of a nested guest's tables.
+    pub fn guest_mmu(&self) -> &Mmu {
+        // SAFETY: part of the vCPU, which lives.
+        unsafe { Mmu::from_raw(&raw mut (*self.as_ptr()).arch.guest_mmu) }
+    }
+
+    /// Fills the caches that tables of one fault come from. Sleeps.
+    pub fn topup_table_caches(&self) -> Result {
+        // SAFETY: the caches are this thread's.
+        unsafe {
+            let arch = &raw mut (*self.as_ptr()).arch;
+            to_result(calls::kvm_mmu_topup_memory_cache(&raw mut (*arch).mmu_shadow_page_cache, 5))?;
+            to_result(calls::kvm_mmu_topup_memory_cache(&raw mut (*arch).mmu_page_header_cache, 5))
+        }
+    }
+
+    /// A header and a page of entries out of the caches, or nothing if they are empty.
+    pub(super) fn take_table(&self) -> Option<(*mut c_void, *mut c_void)> {
+        // SAFETY: the caches are this thread's, and neither is empty.
+        unsafe {
+            let arch = &raw mut (*self.as_ptr()).arch;
+            if (*arch).mmu_shadow_page_cache.nobjs == 0 || (*arch).mmu_page_header_cache.nobjs == 0 {
+                return None;
+            }
+            let page = calls::kvm_mmu_memory_cache_alloc(&raw mut (*arch).mmu_shadow_page_cache);
+            let header = calls::kvm_mmu_memory_cache_alloc(&raw mut (*arch).mmu_page_header_cache);
+            Some((header, page))
+        }
+    }
+
+    /// Loads the root into the hardware's context.
+    pub fn load_pgd(&self, root: Hpa, level: Level) {
+        // SAFETY: the vCPU is loaded by this thread; bound when the VM was taken.
+        unsafe { calls::vendor::load_mmu_pgd(self.as_ptr(), root.0, level.get().into()) }
+    }
+
+    /// Flushes this vCPU's translations.
+    pub fn flush_tlb_current(&self) {
+        // SAFETY: as for `load_pgd`.
+        unsafe { calls::vendor::flush_tlb_current(self.as_ptr()) }
+    }
+
+    /// The slot of a frame in the vCPU's current address space.
+    pub fn slot(&self, gfn: Gfn) -> Option<&Slot> {
+        // SAFETY: the vCPU's thread is in an SRCU section, which keeps slots alive.
+        unsafe { Slot::from_raw(calls::kvm_vcpu_gfn_to_memslot(self.as_ptr(), gfn.0)) }
+    }
+
+    /// Emulates the instruction that faulted at `gpa`.
+    pub fn emulate(&self, gpa: u64, kind: i32, insn: *mut c_void, len: i32) -> i32 {
+        // SAFETY: `insn` and `len` are what KVM gave with the fault.
+        unsafe { calls::x86_emulate_instruction(self.as_ptr(), gpa, kind, insn, len) }
+    }
+
+    /// Counts a fault in KVM's statistics.
+    pub fn count(&self, what: FaultStat) {
+        // SAFETY: the vCPU's own statistics, which only its thread changes.
+        let counter = unsafe {
+            let stat = &mut (*self.as_ptr()).stat;
+            match what {
+                FaultStat::Taken => &mut stat.pf_taken,
+                FaultStat::Fixed => &mut stat.pf_fixed,
+                FaultStat::Fast => &mut stat.pf_fast,
+                FaultStat::Spurious => &mut stat.pf_spurious,
+                FaultStat::Emulate => &mut stat.pf_emulate,
+                FaultStat::MmioInstalled => &mut stat.pf_mmio_spte_created,
+            }
+        };
+        *counter = counter.wrapping_add(1);
+    }
+
+    /// The generation of the slots, which MMIO entries carry.
+    pub fn memslots_generation(&self) -> u64 {
+        // SAFETY: the vCPU's thread is in an SRCU section.
+        unsafe { bindings::rmmu_memslots_generation(self.as_ptr()) }
+    }
+
+    /// Whether `gpa` is the MMIO address that was emulated last.
+    pub fn mmio_cached(&self, gpa: u64) -> bool {
+        // SAFETY: the vCPU lives; this thread's cache.
+        unsafe { bindings::rmmu_mmio_cached(self.as_ptr(), gpa) }
+    }
+
+    /// Remembers `gfn` as MMIO.
+    pub fn mmio_cache(&self, gfn: Gfn, access: u64) {
+        // SAFETY: as above.
+        unsafe { bindings::rmmu_mmio_cache(self.as_ptr(), gfn.0, access as u32) }
+    }
+
+    /// Forgets it.
+    pub fn mmio_forget(&self) {
+        // SAFETY: as above.
+        unsafe { bindings::rmmu_mmio_forget(self.as_ptr()) }
+    }
+
+    /// Whether the vCPU runs a nested guest.
+    pub fn guest_mode(&self) -> bool {
+        // SAFETY: the vCPU lives.
+        unsafe { bindings::rmmu_guest_mode(self.as_ptr()) }
+    }
+
+    /// Whether the addresses the vCPU translates are a nested guest's.
+    pub fn mmu_is_nested(&self) -> bool {
+        // SAFETY: the vCPU lives.
+        unsafe { bindings::rmmu_mmu_is_nested(self.as_ptr()) }
+    }
+
+    /// KVM_RUN is to return because of a signal.
+    pub fn signal_exit(&self) {
+        // SAFETY: the vCPU's kvm_run page is mapped.
+        unsafe { bindings::rmmu_signal_exit(self.as_ptr()) }
+    }
+
+    /// Fills in `KVM_EXIT_MEMORY_FAULT`.
+    pub fn memory_fault_exit(&self, gfn: Gfn, write: bool, exec: bool) {
+        // SAFETY: as above.
+        unsafe { bindings::rmmu_memory_fault_exit(self.as_ptr(), gfn.0, write, exec) }
+    }
+
+    /// Lets the next entry load the root again.
+    pub fn request_load_pgd(&self) {
+        // SAFETY: the vCPU lives.
+        unsafe { bindings::rmmu_request_load_pgd(self.as_ptr()) }
+    }
+
+    /// Takes the request to drop obsolete roots.
+    pub fn take_free_obsolete_roots(&self) -> bool {
+        // SAFETY: the vCPU lives.
+        unsafe { bindings::rmmu_take_free_obsolete_roots(self.as_ptr()) }
+    }
+
+    /// Takes the request that says the VM is dead.
+    pub fn take_vm_dead(&self) -> bool {
+        // SAFETY: the vCPU lives.
+        unsafe { bindings::rmmu_take_vm_dead(self.as_ptr()) }
+    }
+
+    /// Whether a page that takes I/O may come in while the guest goes on.
+    pub fn can_do_async_pf(&self) -> bool {
+        // SAFETY: the vCPU lives.
+        unsafe { calls::kvm_can_do_async_pf(self.as_ptr()) }
+    }
+
+    /// Whether the frame is on its way in already.
+    pub fn async_pf_pending(&self, gfn: Gfn) -> bool {
+        // SAFETY: the vCPU lives.
+        unsafe { calls::kvm_find_async_pf_gfn(self.as_ptr(), gfn.0) }
+    }
+
+    /// Lets the guest wait for the frame that is on its way in.
+    pub fn request_apf_halt(&self) {
+        // SAFETY: the vCPU lives.
+        unsafe { bindings::rmmu_request_apf_halt(self.as_ptr()) }
+    }
+
+    /// Starts to bring a frame in while the guest goes on. False if that cannot be.
+    pub fn setup_async_pf(&self, gpa: u64, gfn: Gfn, error_code: u64) -> bool {
+        // SAFETY: the vCPU is this thread's, and so are its token counter and `arch`, which KVM copies.
+        unsafe {
+            let vcpu = self.as_ptr();
+            let id = &raw mut (*vcpu).arch.apf.id;
+            // A token of 0 means "wake all" to the guest, so the counter part is never 0.
+            if (*id) << 12 == 0 {
+                *id = 1;
+            }
+            let mut arch = bindings::kvm_arch_async_pf {
+                token: ((*id) << 12) | (*vcpu).vcpu_id as u32,
+                gfn: gfn.0,
+                cr3: u64::MAX as _,
+                direct_map: true,
+                error_code,
+            };
+            *id = (*id).wrapping_add(1);
+            let hva = calls::kvm_vcpu_gfn_to_hva(vcpu, gfn.0);
+            calls::kvm_setup_async_pf(vcpu, gpa, hva, &mut arch)
+        }
+    }
+}
+
+/// Whether a signal is pending for this thread.
+pub fn signal_pending() -> bool {
+    // SAFETY: no precondition.
+    unsafe { bindings::rmmu_signal_pending() }
+}
+
+/// Lets other threads run.
+pub fn cond_resched() {
+    // SAFETY: process context without locks, as every caller of a handler that sleeps.
+    unsafe { bindings::rmmu_cond_resched() }
+}

@@ -1,0 +1,270 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `struct kvm`: the owner mark, locks, flushes, requests and statistics of a VM.
+//!
+//! # The owner mark
+//!
+//! A VM of ours must be told from others in O(1), without a field of its own in `struct kvm`. Two list heads of in-tree's
+//! MMU stay empty for it, because every function that would add to them is hooked. A walk of an empty list reads `next`
+//! only, which keeps pointing at the head. `prev` is free: `active_mmu_pages.prev` holds the address of
+//! [`rmmu_owner_mark`], which no list entry ever has, and `tdp_mmu_roots.prev` our own data of the VM. Both are put back
+//! before in-tree code tears the VM down.
+
+use crate::kvm::{bindings, calls, lock::ReadGuard, lock::WriteGuard};
+use core::{ffi::c_void, ptr::addr_of_mut, sync::atomic::AtomicI64, sync::atomic::Ordering};
+use kernel::{prelude::*, str::CStr, types::Opaque};
+
+/// Its address marks VMs that are ours; its value means nothing. The stubs compare with it.
+#[no_mangle]
+pub static rmmu_owner_mark: u8 = 0;
+
+/// Takes a reference on this module.
+pub fn get_module() -> Result {
+    // SAFETY: the module is live: it is hooked, and runs.
+    if unsafe { kernel::bindings::try_module_get(crate::THIS_MODULE.as_ptr()) } {
+        Ok(())
+    } else {
+        Err(ENODEV)
+    }
+}
+
+/// Gives a reference on this module back.
+pub fn put_module() {
+    // SAFETY: pairs with `get_module`.
+    unsafe { kernel::bindings::module_put(crate::THIS_MODULE.as_ptr()) }
+}
+
+/// A VM.
+#[repr(transparent)]
+pub struct Kvm(Opaque<bindings::kvm>);
+
+// SAFETY: `struct kvm` is shared between threads by design; what is behind a lock is reached through its guard.
+unsafe impl Sync for Kvm {}
+
+impl Kvm {
+    /// Wraps KVM's pointer.
+    ///
+    /// # Safety
+    ///
+    /// `kvm` is a VM that KVM does not free during `'a`.
+    pub unsafe fn from_raw<'a>(kvm: *mut bindings::kvm) -> &'a Kvm {
+        // SAFETY: `Kvm` is a transparent wrapper, and the caller promises that the VM lives.
+        unsafe { &*kvm.cast() }
+    }
+
+    /// KVM's pointer.
+    pub fn as_ptr(&self) -> *mut bindings::kvm {
+        self.0.get()
+    }
+
+    /// Our data of the VM, if the VM is ours.
+    pub fn owner_data(&self) -> Option<*mut c_void> {
+        let kvm = self.as_ptr();
+        // SAFETY: the VM lives; both words are written only while the VM is created and destroyed, when no one else
+        // can reach it.
+        unsafe {
+            let mark = (*kvm).arch.active_mmu_pages.prev.cast::<u8>();
+            (mark.cast_const() == &raw const rmmu_owner_mark).then(|| (*kvm).arch.tdp_mmu_roots.prev.cast())
+        }
+    }
+
+    /// Marks the VM as ours, and hands our data of it over until [`take_from_owner`](Self::take_from_owner).
+    ///
+    /// Called while the VM is created and in-tree has initialised its lists: no one else can reach it yet.
+    pub fn give_to_owner<T>(&self, data: KBox<T>) {
+        let kvm = self.as_ptr();
+        // SAFETY: nobody else can reach the VM yet; the lists are empty and stay so, see the module's description.
+        unsafe {
+            (*kvm).arch.tdp_mmu_roots.prev = KBox::into_raw(data).cast();
+            (*kvm).arch.active_mmu_pages.prev = (&raw const rmmu_owner_mark).cast_mut().cast();
+        }
+    }
+
+    /// Takes the mark off, so that the lists are plain empty lists again, and gives our data back.
+    ///
+    /// Called while the VM is destroyed: no one else can reach it any more. `T` is what was handed over.
+    pub fn take_from_owner<T>(&self) -> Option<KBox<T>> {
+        let data = self.owner_data()?;
+        let kvm = self.as_ptr();
+        // SAFETY: nobody else can reach the VM any more, and `data` is the box that `give_to_owner` took apart.
+        unsafe {
+            (*kvm).arch.active_mmu_pages.prev = addr_of_mut!((*kvm).arch.active_mmu_pages);
+            (*kvm).arch.tdp_mmu_roots.prev = addr_of_mut!((*kvm).arch.tdp_mmu_roots);
+            Some(KBox::from_raw(data.cast()))
+        }
+    }
+
+    /// The VM, for data that [`take_from_owner`](Self::take_from_owner) ends before the VM does.
+    pub fn for_lifetime_of_owner(&self) -> &'static Kvm {
+        // SAFETY: used by the data of the VM only, which the VM outlives.
+        unsafe { Kvm::from_raw(self.as_ptr()) }
+    }
+
+    /// The type userspace asked for (`KVM_X86_*_VM`).
+    pub fn vm_type(&self) -> u32 {
+        // SAFETY: set when the VM is created, constant afterwards.
+        unsafe { (*self.as_ptr()).arch.vm_type as u32 }
+    }
+
+    /// The value of MMIO entries of this VM.
+    pub fn mmio_value(&self) -> u64 {
+        // SAFETY: set when the VM is created, constant afterwards.
+        unsafe { (*self.as_ptr()).arch.shadow_mmio_value }
+    }
+
+    /// Takes `mmu_lock` for read.
+    pub fn read_lock(&self) -> ReadGuard<'_> {
+        ReadGuard::new(self)
+    }
+
+    /// Takes `mmu_lock` for write.
+    pub fn write_lock(&self) -> WriteGuard<'_> {
+        WriteGuard::new(self)
+    }
+
+    /// Flushes every TLB of the guest.
+    pub fn flush_remote_tlbs(&self) {
+        // SAFETY: the VM lives.
+        unsafe { calls::kvm_flush_remote_tlbs(self.as_ptr()) }
+    }
+
+    /// Flushes `pages` frames from `gfn` on from every TLB of the guest.
+    pub fn flush_remote_tlbs_range(&self, gfn: u64, pages: u64) {
+        // SAFETY: the VM lives.
+        unsafe { calls::kvm_flush_remote_tlbs_range(self.as_ptr(), gfn, pages) }
+    }
+
+    /// Asks every vCPU to drop roots that were invalidated, before it enters the guest again.
+    pub fn request_free_obsolete_roots(&self) {
+        // SAFETY: the VM lives; the request number is KVM's own.
+        unsafe {
+            calls::kvm_make_all_cpus_request(self.as_ptr(), bindings::rmmu_req_free_obsolete_roots() as u32);
+        }
+    }
+
+    /// Asks every vCPU to look up the APIC access page again.
+    pub fn request_apic_page_reload(&self) {
+        // SAFETY: the VM lives; the request number is KVM's own.
+        unsafe {
+            calls::kvm_make_all_cpus_request(self.as_ptr(), bindings::rmmu_req_apic_page_reload() as u32);
+        }
+    }
+
+    /// The number of invalidations by the host's mm that have ended.
+    pub fn invalidate_seq(&self) -> usize {
+        // SAFETY: a plain word that others write under mmu_lock; read once.
+        let seq = unsafe { core::ptr::read_volatile(&raw const (*self.as_ptr()).mmu_invalidate_seq) };
+        // The pfn is looked up after the number: see mmu_invalidate_retry_gfn().
+        core::sync::atomic::fence(Ordering::Acquire);
+        seq as usize
+    }
+
+    /// Whether an invalidation touches `gfn` now or has ended since `seq`; a hint, to save work.
+    pub fn invalidate_retry_hint(&self, seq: usize, gfn: u64) -> bool {
+        // SAFETY: the VM lives.
+        unsafe { bindings::rmmu_invalidate_retry_unsafe(self.as_ptr(), seq as _, gfn) }
+    }
+
+    /// The same, exactly: `mmu_lock` is held, so that no invalidation begins or ends meanwhile.
+    pub fn invalidate_retry(&self, _lock: &ReadGuard<'_>, seq: usize, gfn: u64) -> bool {
+        // SAFETY: the VM lives and the lock is held.
+        unsafe { bindings::rmmu_invalidate_retry(self.as_ptr(), seq as _, gfn) }
+    }
+
+    /// Runs `f`, which changes mappings of `[start, end)`, so that faults that race with it retry.
+    pub fn invalidating<R>(&self, guard: &mut WriteGuard<'_>, start: u64, end: u64, f: impl FnOnce(&mut WriteGuard<'_>) -> R) -> R {
+        // SAFETY: the VM lives and mmu_lock is held for write.
+        unsafe {
+            calls::kvm_mmu_invalidate_start(self.as_ptr());
+            calls::kvm_mmu_invalidate_range_add(self.as_ptr(), start, end);
+        }
+        let result = f(guard);
+        // SAFETY: as above; closes what was started.
+        unsafe { calls::kvm_mmu_invalidate_end(self.as_ptr()) };
+        result
+    }
+
+    /// Counts leaf entries of `level` (1 is 4K) in KVM's own statistics.
+    pub fn account_pages(&self, level: u8, delta: i64) {
+        // SAFETY: the statistics are 64-bit atomics of KVM's.
+        unsafe {
+            if let Some(counter) = (*self.as_ptr()).stat.__bindgen_anon_1.pages.get_mut((level as usize).wrapping_sub(1)) {
+                AtomicI64::from_ptr(addr_of_mut!(*counter).cast()).fetch_add(delta, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Mapped pages of `level` (1 is 4K), by KVM's statistics.
+    pub fn pages(&self, level: u8) -> i64 {
+        // SAFETY: as in `account_pages`.
+        unsafe {
+            match (*self.as_ptr()).stat.__bindgen_anon_1.pages.get_mut((level as usize).wrapping_sub(1)) {
+                Some(counter) => AtomicI64::from_ptr(addr_of_mut!(*counter).cast()).load(Ordering::Relaxed),
+                None => 0,
+            }
+        }
+    }
+
+    /// Counts tables that are there because of the NX huge page mitigation only.
+    pub fn account_nx_split(&self, delta: i64) {
+        // SAFETY: the statistic is a word of KVM's that has no lock of its own.
+        unsafe {
+            let counter = &raw mut (*self.as_ptr()).stat.nx_lpage_splits;
+            AtomicI64::from_ptr(counter.cast()).fetch_add(delta, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether the VM asked for huge pages in spite of the NX mitigation.
+    pub fn nx_huge_pages_disabled(&self) -> bool {
+        // SAFETY: a flag that only ever goes from false to true.
+        unsafe { (*self.as_ptr()).arch.disable_nx_huge_pages }
+    }
+
+    /// The size of the hardware's log of dirty pages; 0 if there is none.
+    pub fn cpu_dirty_log_size(&self) -> u32 {
+        // SAFETY: constant after creation.
+        unsafe { (*self.as_ptr()).arch.cpu_dirty_log_size as u32 }
+    }
+
+    /// Whether userspace may map memory before the guest asks for it.
+    pub fn pre_fault_allowed(&self) -> bool {
+        // SAFETY: constant after creation.
+        unsafe { (*self.as_ptr()).arch.pre_fault_allowed }
+    }
+
+    /// The number of address spaces (2 with SMM).
+    pub fn address_spaces(&self) -> u32 {
+        // SAFETY: the VM lives.
+        unsafe { bindings::rmmu_nr_address_spaces(self.as_ptr()) }
+    }
+
+    /// Whether dirty logging starts with every page taken as dirty.
+    pub fn dirty_log_initially_set(&self) -> bool {
+        // SAFETY: the VM lives.
+        unsafe { bindings::rmmu_manual_protect_init_set(self.as_ptr()) }
+    }
+
+    /// Whether deleting a slot zaps everything (`KVM_X86_QUIRK_SLOT_ZAP_ALL`).
+    pub fn slot_zap_all(&self) -> bool {
+        // SAFETY: the VM lives.
+        unsafe { bindings::rmmu_slot_zap_all_quirk(self.as_ptr()) }
+    }
+
+    /// Whether the virtual APIC page is in use.
+    pub fn apicv_activated(&self) -> bool {
+        // SAFETY: the VM lives.
+        unsafe { calls::kvm_apicv_activated(self.as_ptr()) }
+    }
+
+    /// A broken invariant: warns once, and the VM runs no more.
+    pub fn bug(&self, what: &'static CStr) {
+        // SAFETY: the VM lives.
+        unsafe { bindings::rmmu_vm_bug(self.as_ptr(), what.as_ptr().cast()) }
+    }
+
+    /// Lets every vCPU leave the guest once.
+    pub fn force_exit_all(&self) {
+        // SAFETY: the VM lives.
+        unsafe { bindings::rmmu_force_exit_all(self.as_ptr()) }
+    }
+}

@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! kvm_rmmu: serves the page tables of KVM's virtual machines with an MMU in Rust.
+//!
+//! The way of a page fault, top to bottom: `hook::entry` (the stub's handler), `vm::fault` (policy and locks),
+//! `mmu::tdp` (the page tables). See Documentation/architecture.rst.
+
+// In a crate of one binary, `pub` says what is the interface of a module.
+#![allow(unreachable_pub)]
+#![deny(missing_docs, unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
+
+mod hook;
+mod kvm;
+// The engine is a library: its host tests use parts that the module does not.
+#[allow(dead_code, unused_imports)]
+#[path = "mmu/mod.rs"]
+mod mmu;
+mod vm;
+
+use kernel::prelude::*;
+
+module! {
+    type: Rmmu,
+    name: "kvm_rmmu",
+    authors: ["rmmu developers"],
+    description: "Page tables of KVM virtual machines, in Rust",
+    license: "GPL v2",
+}
+
+/// The loaded module.
+struct Rmmu;
+
+impl kernel::Module for Rmmu {
+    fn init(_module: &'static ThisModule) -> Result<Self> {
+        vm::init();
+        vm::debugfs_init();
+        if let Err(error) = hook::init() {
+            vm::debugfs_exit();
+            return Err(error);
+        }
+        Ok(Rmmu)
+    }
+}
+
+impl Drop for Rmmu {
+    fn drop(&mut self) {
+        hook::exit();
+        vm::debugfs_exit();
+    }
+}

@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `/sys/kernel/debug/rmmu/`: hooks, counters, and for each VM of ours its owner, pages, tables, faults and page table.
+
+// C structs without members (locks without lockdep) are only ever pointed at.
+#![allow(improper_ctypes_definitions)]
+
+use super::{Vm, STATS};
+use crate::{
+    kvm::{bindings, symbols, table},
+    mmu::{
+        spte::Spte,
+        table::TablePtr,
+        types::{Gfn, Level},
+    },
+};
+use core::{
+    ffi::c_void,
+    sync::atomic::{AtomicPtr, AtomicU64, Ordering},
+};
+use kernel::{prelude::*, seq_file::SeqFile, seq_print, str::CString};
+
+/// Leaves looked at in one RCU section.
+const BATCH: usize = 512;
+
+/// Distinguishes VMs of one process.
+static NEXT: AtomicU64 = AtomicU64::new(0);
+
+/// A VM's directory.
+pub(super) struct VmDir(AtomicPtr<bindings::dentry>);
+
+impl VmDir {
+    pub(super) const fn new() -> Self {
+        VmDir(AtomicPtr::new(core::ptr::null_mut()))
+    }
+
+    /// Makes the directory; without it the VM works as well.
+    pub(super) fn create(&self, vm: &Vm) {
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: no precondition.
+        let pid = unsafe { bindings::rmmu_current_pid() };
+        let Ok(name) = CString::try_from_fmt(fmt!("{}-{}", pid, number)) else { return };
+        // SAFETY: `remove` waits for readers before `vm` goes.
+        let dir = unsafe { bindings::rmmu_debugfs_add_vm(name.as_char_ptr().cast(), core::ptr::from_ref(vm).cast_mut().cast()) };
+        self.0.store(dir, Ordering::Relaxed);
+    }
+
+    /// Removes it and waits for whoever reads in it.
+    pub(super) fn remove(&self) {
+        let dir = self.0.swap(core::ptr::null_mut(), Ordering::Relaxed);
+        if !dir.is_null() {
+            // SAFETY: made by `create`.
+            unsafe { bindings::rmmu_debugfs_del_vm(dir) }
+        }
+    }
+}
+
+/// Makes the top directory.
+pub fn init() {
+    // SAFETY: called once.
+    unsafe { bindings::rmmu_debugfs_init() };
+}
+
+/// Removes everything.
+pub fn exit() {
+    // SAFETY: made by `init`.
+    unsafe { bindings::rmmu_debugfs_exit() }
+}
+
+/// # Safety
+///
+/// `m` is the `struct seq_file` of a read in progress.
+unsafe fn seq<'a>(m: *mut bindings::seq_file) -> &'a SeqFile {
+    // SAFETY: the caller's promise.
+    unsafe { SeqFile::from_raw(m.cast()) }
+}
+
+/// # Safety
+///
+/// `vm` is what `VmDir::create` gave.
+unsafe fn vm<'a>(vm: *mut c_void) -> &'a Vm {
+    // SAFETY: the directory is removed, and readers are waited for, before the VM's data goes.
+    unsafe { &*vm.cast() }
+}
+
+#[no_mangle]
+unsafe extern "C" fn rmmu_show_hooks(m: *mut bindings::seq_file) {
+    // SAFETY: called by debugfs.
+    let m = unsafe { seq(m) };
+    for function in symbols::entries() {
+        seq_print!(m, "{}\n", symbols::name(function));
+    }
+}
+
+#[no_mangle]
+unsafe extern "C" fn rmmu_show_stats(m: *mut bindings::seq_file) {
+    // SAFETY: called by debugfs.
+    let m = unsafe { seq(m) };
+    seq_print!(m, "vms_owned {}\n", STATS.owned.load(Ordering::Relaxed));
+    seq_print!(m, "vms_owned_total {}\n", STATS.owned_total.load(Ordering::Relaxed));
+    seq_print!(m, "vms_declined {}\n", STATS.declined.load(Ordering::Relaxed));
+    seq_print!(m, "table_pages {}\n", table::live());
+    seq_print!(m, "hooks_attached {}\n", u8::from(crate::hook::attached()));
+}
+
+#[no_mangle]
+unsafe extern "C" fn rmmu_show_owner(m: *mut bindings::seq_file, _vm: *mut c_void) {
+    // SAFETY: called by debugfs.
+    let m = unsafe { seq(m) };
+    seq_print!(m, "rmmu\n");
+}
+
+#[no_mangle]
+unsafe extern "C" fn rmmu_show_pages(m: *mut bindings::seq_file, data: *mut c_void) {
+    // SAFETY: called by debugfs.
+    let (m, vm) = unsafe { (seq(m), vm(data)) };
+    for (name, level) in [("4K", 1), ("2M", 2), ("1G", 3)] {
+        seq_print!(m, "{} {}\n", name, vm.kvm.pages(level));
+    }
+}
+
+#[no_mangle]
+unsafe extern "C" fn rmmu_show_tables(m: *mut bindings::seq_file, data: *mut c_void) {
+    // SAFETY: called by debugfs.
+    let (m, vm) = unsafe { (seq(m), vm(data)) };
+    let mut roots = 0u32;
+    let mut lock = vm.kvm.read_lock();
+    vm.tdp.visit_roots(&vm.host(), lock.token(), |_, _, _| roots = roots.wrapping_add(1));
+    drop(lock);
+    seq_print!(m, "tables {}\n", vm.tables.load(Ordering::Relaxed));
+    seq_print!(m, "roots {}\n", roots);
+}
+
+#[no_mangle]
+unsafe extern "C" fn rmmu_show_faults(m: *mut bindings::seq_file, data: *mut c_void) {
+    // SAFETY: called by debugfs.
+    let (m, vm) = unsafe { (seq(m), vm(data)) };
+    let faults = &vm.faults;
+    for (name, counter) in [
+        ("fixed", &faults.fixed),
+        ("fast", &faults.fast),
+        ("spurious", &faults.spurious),
+        ("retry", &faults.retry),
+        ("mmio", &faults.mmio),
+        ("emulate", &faults.emulate),
+        ("error", &faults.error),
+    ] {
+        seq_print!(m, "{} {}\n", name, counter.load(Ordering::Relaxed));
+    }
+}
+
+/// Neighbouring leaves of one level and one set of permissions.
+struct Run {
+    start: Gfn,
+    end: Gfn,
+    level: Level,
+    permissions: [char; 5],
+}
+
+fn permissions(vm: &Vm, spte: Spte) -> [char; 5] {
+    let format = &vm.format;
+    let flag = |on: bool, name: char| if on { name } else { '-' };
+    [
+        'r',
+        flag(spte.is_writable(), 'w'),
+        flag(spte.is_executable(format), 'x'),
+        flag(spte.is_accessed(format), 'A'),
+        flag(spte.is_dirty(format), 'D'),
+    ]
+}
+
+fn print_run(m: &SeqFile, run: &Run) {
+    let name = match run.level.get() {
+        1 => "4K",
+        2 => "2M",
+        _ => "1G",
+    };
+    seq_print!(m, "{:#014x}-{:#014x} {:>8}K {} ", run.start.to_gpa(), run.end.to_gpa(), run.end.0.wrapping_sub(run.start.0) << 2, name);
+    for flag in run.permissions {
+        seq_print!(m, "{}", flag);
+    }
+    seq_print!(m, "\n");
+}
+
+fn print_root(m: &SeqFile, vm: &Vm, root: TablePtr) {
+    let mut run: Option<Run> = None;
+    let mut from = Some(Gfn(0));
+    while let Some(gfn) = from {
+        from = vm.tdp.visit_leaves(&vm.host(), root, gfn, BATCH, |gfn, level, spte| {
+            let permissions = permissions(vm, spte);
+            let end = gfn.add(level.pages());
+            match &mut run {
+                Some(run) if run.end == gfn && run.level == level && run.permissions == permissions => run.end = end,
+                _ => {
+                    if let Some(run) = &run {
+                        print_run(m, run);
+                    }
+                    run = Some(Run {
+                        start: gfn,
+                        end,
+                        level,
+                        permissions,
+                    });
+                }
+            }
+        });
+    }
+    if let Some(run) = &run {
+        print_run(m, run);
+    }
+}
+
+#[no_mangle]
+unsafe extern "C" fn rmmu_show_page_table(m: *mut bindings::seq_file, data: *mut c_void) {
+    // SAFETY: called by debugfs.
+    let (m, vm) = unsafe { (seq(m), vm(data)) };
+    // References, so that the lock need not be held while the tables are printed.
+    let mut roots = [None; 8];
+    {
+        let mut lock = vm.kvm.read_lock();
+        let mut free = roots.iter_mut();
+        vm.tdp.visit_roots(&vm.host(), lock.token(), |root, role, invalid| {
+            if !invalid && vm.tdp.get_root(root) {
+                match free.next() {
+                    Some(place) => *place = Some((root, role)),
+                    None => vm.tdp.put_root(&vm.host(), root),
+                }
+            }
+        });
+    }
+    for (root, role) in roots.into_iter().flatten() {
+        seq_print!(m, "# root level {}{}{}\n", role.level.get(), if role.smm { " smm" } else { "" },
+            if role.guest_mode { " guest-mode" } else { "" });
+        print_root(m, vm, root);
+        let _lock = vm.kvm.read_lock();
+        vm.tdp.put_root(&vm.host(), root);
+    }
+}

@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A VM whose page tables are ours: state, ownership and policy.
+//!
+//! Ownership is decided once, when the VM is created, and kept until it is destroyed. A VM of ours holds a reference on
+//! this module, which is the last thing it drops. The handlers of the entry points are methods of [`Vm`]:
+//!
+//! - `fault`: page faults, MMIO, pre-fault, async page faults;
+//! - `roots`: loading, dropping and invalidating roots;
+//! - `slots`: memory slots, the mmu notifier, zapping;
+//! - `dirty`: dirty logging and huge pages;
+//! - `debugfs`: what the user can look at.
+
+mod debugfs;
+mod dirty;
+mod fault;
+mod roots;
+mod slots;
+
+use crate::{
+    kvm::{bindings, host::KvmHost, param, table, Kvm},
+    mmu::{spte::SpteFormat, tdp::Tdp},
+};
+use core::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use kernel::prelude::*;
+
+pub use debugfs::{exit as debugfs_exit, init as debugfs_init};
+
+/// What became of faults; every fault is counted once.
+#[derive(Default)]
+struct FaultCounters {
+    fixed: AtomicU64,
+    fast: AtomicU64,
+    spurious: AtomicU64,
+    retry: AtomicU64,
+    mmio: AtomicU64,
+    emulate: AtomicU64,
+    error: AtomicU64,
+}
+
+/// Our data of a VM, found through the owner mark in `struct kvm`.
+pub struct Vm {
+    kvm: &'static Kvm,
+    format: SpteFormat,
+    tdp: Tdp,
+    /// Tables linked below roots.
+    tables: AtomicI64,
+    faults: FaultCounters,
+    /// It matters whether a page is a device's.
+    host_mmio_matters: bool,
+    /// A nested or shadow root was refused, and said so.
+    refused_root: AtomicBool,
+    debugfs: debugfs::VmDir,
+}
+
+/// Counters of the module.
+struct Stats {
+    owned: AtomicU64,
+    owned_total: AtomicU64,
+    declined: AtomicU64,
+}
+
+static STATS: Stats = Stats {
+    owned: AtomicU64::new(0),
+    owned_total: AtomicU64::new(0),
+    declined: AtomicU64::new(0),
+};
+
+kernel::sync::global_lock! {
+    /// Creation of owned VMs against switching the static key, which is fixed while one exists.
+    // SAFETY: initialised in `init` before anything locks it.
+    unsafe(uninit) static OWNERSHIP: Mutex<()> = ();
+}
+
+/// Prepares what VMs share.
+pub fn init() {
+    // SAFETY: called once, before hooks are in place.
+    unsafe { OWNERSHIP.init() };
+}
+
+/// Waits until nothing of destroyed VMs is on its way to the freeing callbacks in this module.
+pub fn wait_for_teardown() {
+    table::wait_for_frees();
+}
+
+/// Decides whether the VM that is being created is ours, and takes it if so.
+pub fn adopt(kvm: &Kvm) {
+    if !param::own_new_vms() {
+        return;
+    }
+    match reason_to_decline(kvm) {
+        Ok(None) => {}
+        Ok(Some(reason)) => return decline(reason),
+        Err(_) => return decline("kvm.ko cannot be read"),
+    }
+    if let Err(error) = take(kvm) {
+        pr_err!("VM stays with in-tree KVM: {:?}\n", error);
+        decline("its data could not be set up");
+    }
+}
+
+fn decline(reason: &str) {
+    STATS.declined.fetch_add(1, Ordering::Relaxed);
+    pr_info!("VM declined, in-tree KVM serves it: {}\n", reason);
+}
+
+fn reason_to_decline(kvm: &Kvm) -> Result<Option<&'static str>> {
+    if kvm.vm_type() != bindings::KVM_X86_DEFAULT_VM {
+        return Ok(Some("VM types other than the default one (SEV, SNP, TDX, software-protected) are not supported"));
+    }
+    if let Some(reason) = param::unsupported()? {
+        return Ok(Some(reason));
+    }
+    if !param::tdp_mmu() {
+        return Ok(Some("parameter tdp_mmu of kvm_rmmu is 0"));
+    }
+    Ok(None)
+}
+
+/// A reference on this module, given back when the value drops.
+pub struct ModuleReference(());
+
+impl ModuleReference {
+    fn get() -> Result<Self> {
+        crate::kvm::vm::get_module()?;
+        Ok(ModuleReference(()))
+    }
+}
+
+impl Drop for ModuleReference {
+    fn drop(&mut self) {
+        crate::kvm::vm::put_module();
+    }
+}
+
+fn take(kvm: &Kvm) -> Result {
+    let _ownership = OWNERSHIP.lock();
+    // The key may have been switched before the lock was taken.
+    if !param::tdp_mmu() {
+        return Err(EBUSY);
+    }
+    let host_mmio_matters = param::bind_vendor()?;
+    let reference = ModuleReference::get()?;
+    let vm = KBox::new(
+        Vm {
+            kvm: kvm.for_lifetime_of_owner(),
+            format: param::spte_format(kvm)?,
+            tdp: Tdp::new(),
+            tables: AtomicI64::new(0),
+            faults: FaultCounters::default(),
+            host_mmio_matters,
+            refused_root: AtomicBool::new(false),
+            debugfs: debugfs::VmDir::new(),
+        },
+        GFP_KERNEL,
+    )?;
+    vm.debugfs.create(&vm);
+    kvm.give_to_owner(vm);
+    core::mem::forget(reference);
+    STATS.owned.fetch_add(1, Ordering::Relaxed);
+    STATS.owned_total.fetch_add(1, Ordering::Relaxed);
+    Ok(())
+}
+
+/// The VM is destroyed: gives back everything, and the module reference for the caller to drop last.
+pub fn release(kvm: &Kvm) -> Option<ModuleReference> {
+    let vm = kvm.take_from_owner::<Vm>()?;
+    vm.debugfs.remove();
+    {
+        let mut lock = kvm.write_lock();
+        vm.tdp.uninit(&vm.host(), lock.token());
+    }
+    table::wait_for_frees();
+    let left = vm.tables.load(Ordering::Relaxed);
+    if left != 0 || !vm.tdp.is_empty() {
+        pr_err!("VM is gone, but {} of its page tables are not\n", left);
+        kernel::warn_on!(true);
+    }
+    drop(vm);
+    STATS.owned.fetch_sub(1, Ordering::Relaxed);
+    Some(ModuleReference(()))
+}
+
+/// Switches the parameter `tdp_mmu`.
+///
+/// # Errors
+///
+/// `EBUSY` while VMs of ours exist.
+pub fn set_tdp_mmu(on: bool) -> Result {
+    let _ownership = OWNERSHIP.lock();
+    if on == param::tdp_mmu() {
+        return Ok(());
+    }
+    if STATS.owned.load(Ordering::Relaxed) != 0 {
+        pr_err!("tdp_mmu is fixed while VMs of rmmu exist; stop them first\n");
+        return Err(EBUSY);
+    }
+    param::switch_tdp_mmu(on);
+    Ok(())
+}
+
+/// The parameter's setter, called by its C part.
+#[no_mangle]
+extern "C" fn rmmu_set_tdp_mmu(on: bool) -> core::ffi::c_int {
+    match set_tdp_mmu(on) {
+        Ok(()) => 0,
+        Err(error) => error.to_errno(),
+    }
+}
+
+impl Vm {
+    /// The VM as the engine sees it.
+    fn host(&self) -> KvmHost<'_> {
+        KvmHost {
+            kvm: self.kvm,
+            format: &self.format,
+            tables: &self.tables,
+        }
+    }
+}
