@@ -7,7 +7,11 @@
 
 // In a crate of one binary, `pub` says what is the interface of a module.
 #![allow(unreachable_pub)]
-#![deny(missing_docs, unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
+#![deny(
+    missing_docs,
+    unsafe_op_in_unsafe_fn,
+    clippy::undocumented_unsafe_blocks
+)]
 
 mod hook;
 mod kvm;

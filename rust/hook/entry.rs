@@ -24,7 +24,11 @@ unsafe fn owned<'a>(kvm: *mut kvm) -> (&'a Kvm, Option<&'a Vm>) {
     // SAFETY: the caller's promise.
     let kvm = unsafe { Kvm::from_raw(kvm) };
     // SAFETY: our data lives from creation of the VM until its last entry point, kvm_mmu_uninit_vm(), is done.
-    (kvm, kvm.owner_data().and_then(|data| unsafe { data.cast::<Vm>().as_ref() }))
+    (
+        kvm,
+        kvm.owner_data()
+            .and_then(|data| unsafe { data.cast::<Vm>().as_ref() }),
+    )
 }
 
 /// Defines handlers of functions whose first argument is a VM.
@@ -188,9 +192,20 @@ vcpu_handlers! {
 /// `range` is what KVM passes to a notifier's handler.
 unsafe fn notifier_range<'a>(range: *mut kvm_gfn_range) -> Option<(GfnRange, &'a Slot, bool)> {
     // SAFETY: the caller's promise.
-    let (start, end, slot, may_block) = unsafe { ((*range).start, (*range).end, (*range).slot, (*range).may_block) };
+    let (start, end, slot, may_block) = unsafe {
+        (
+            (*range).start,
+            (*range).end,
+            (*range).slot,
+            (*range).may_block,
+        )
+    };
     // SAFETY: KVM holds SRCU or slots_lock.
-    Some((GfnRange::new(Gfn(start), Gfn(end)), unsafe { slot_of(slot) }?, may_block))
+    Some((
+        GfnRange::new(Gfn(start), Gfn(end)),
+        unsafe { slot_of(slot) }?,
+        may_block,
+    ))
 }
 
 vm_handlers! {

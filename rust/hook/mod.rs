@@ -29,11 +29,21 @@ extern "C" {
     #[link_name = "__SCT__rmmu_core_free_ftrace_hash"]
     fn free_ftrace_hash(hash: *mut bindings::ftrace_hash);
     #[link_name = "__SCT__rmmu_core_add_ftrace_hash_entry_direct"]
-    fn add_ftrace_hash_entry_direct(hash: *mut bindings::ftrace_hash, ip: usize, direct: usize) -> *mut c_void;
+    fn add_ftrace_hash_entry_direct(
+        hash: *mut bindings::ftrace_hash,
+        ip: usize,
+        direct: usize,
+    ) -> *mut c_void;
     #[link_name = "__SCT__rmmu_core_update_ftrace_direct_add"]
-    fn update_ftrace_direct_add(ops: *mut bindings::ftrace_ops, hash: *mut bindings::ftrace_hash) -> c_int;
+    fn update_ftrace_direct_add(
+        ops: *mut bindings::ftrace_ops,
+        hash: *mut bindings::ftrace_hash,
+    ) -> c_int;
     #[link_name = "__SCT__rmmu_core_update_ftrace_direct_del"]
-    fn update_ftrace_direct_del(ops: *mut bindings::ftrace_ops, hash: *mut bindings::ftrace_hash) -> c_int;
+    fn update_ftrace_direct_del(
+        ops: *mut bindings::ftrace_ops,
+        hash: *mut bindings::ftrace_hash,
+    ) -> c_int;
     #[link_name = "__SCT__rmmu_core_ftrace_location"]
     fn ftrace_location(ip: usize) -> usize;
 }
@@ -68,7 +78,8 @@ impl Hash {
 
     fn add(&mut self, patch: &Patch) -> Result {
         // SAFETY: the hash is ours; `ip` is a patch site and the stub never returns to it.
-        let entry = unsafe { add_ftrace_hash_entry_direct(self.0, patch.site, patch.stub | FTRACE_JMP) };
+        let entry =
+            unsafe { add_ftrace_hash_entry_direct(self.0, patch.site, patch.stub | FTRACE_JMP) };
         if entry.is_null() {
             return Err(ENOMEM);
         }
@@ -118,7 +129,10 @@ fn resolve(function: &symbols::Function) -> Result<Patch> {
     // SAFETY: any address may be asked for.
     let site = unsafe { ftrace_location(address) };
     if site == 0 {
-        pr_err!("{} is not traceable in this kernel, so it cannot be hooked\n", name);
+        pr_err!(
+            "{} is not traceable in this kernel, so it cannot be hooked\n",
+            name
+        );
         return Err(ENOENT);
     }
     let stub = function.stub.map_or(0, |stub| stub as usize);
@@ -150,7 +164,11 @@ fn explain(patches: &[Patch], error: Error) {
         match update(one, true) {
             Ok(()) => {
                 if let Err(error) = update(one, false) {
-                    pr_err!("hook of {} cannot be taken out again: {:?}\n", patch.name, error);
+                    pr_err!(
+                        "hook of {} cannot be taken out again: {:?}\n",
+                        patch.name,
+                        error
+                    );
                     return;
                 }
             }
@@ -205,7 +223,9 @@ fn attach() -> Result {
 /// Takes every hook out. On return no CPU is in a stub.
 fn detach() {
     let mut state = STATE.lock();
-    let Some(patches) = state.patches.take() else { return };
+    let Some(patches) = state.patches.take() else {
+        return;
+    };
     if let Err(error) = update(&patches, false) {
         pr_err!("hooks cannot be taken out: {:?}\n", error);
         kernel::warn_on!(true);
@@ -223,9 +243,14 @@ pub fn attached() -> bool {
 /// # Safety
 ///
 /// Called by the kernel's module notifier only.
-unsafe extern "C" fn module_event(_: *mut bindings::notifier_block, event: usize, module: *mut c_void) -> c_int {
+unsafe extern "C" fn module_event(
+    _: *mut bindings::notifier_block,
+    event: usize,
+    module: *mut c_void,
+) -> c_int {
     // SAFETY: the notifier's data is the module that changes state.
-    let name = unsafe { CStr::from_char_ptr((*module.cast::<bindings::module>()).name.as_ptr().cast()) };
+    let name =
+        unsafe { CStr::from_char_ptr((*module.cast::<bindings::module>()).name.as_ptr().cast()) };
     if name.to_bytes() != KVM_MODULE.to_bytes() {
         return NOTIFY_OK;
     }
@@ -247,7 +272,11 @@ pub fn init() -> Result {
     symbols::init()?;
     let notifier = NOTIFIER.0.get().cast::<bindings::notifier_block>();
     // SAFETY: not registered yet.
-    unsafe { (*notifier).notifier_call = Some(core::mem::transmute::<*const c_void, _>(module_event as *const c_void)) };
+    unsafe {
+        (*notifier).notifier_call = Some(core::mem::transmute::<*const c_void, _>(
+            module_event as *const c_void,
+        ))
+    };
     // SAFETY: lives until `exit` takes it out.
     to_result(unsafe { bindings::register_module_notifier(notifier) })?;
     if symbols::lookup_kvm(c"kvm_mmu_page_fault")?.is_none() {

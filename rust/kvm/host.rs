@@ -87,7 +87,8 @@ unsafe impl Host for KvmHost<'_> {
     }
 
     fn flush_range(&self, range: GfnRange) {
-        self.kvm.flush_remote_tlbs_range(range.start.0, range.pages());
+        self.kvm
+            .flush_remote_tlbs_range(range.start.0, range.pages());
     }
 
     #[inline]

@@ -63,7 +63,9 @@ impl HostPage {
         let mut writable = false;
         let mut page = ptr::null_mut();
         // SAFETY: the slot lives and the frame is in it; both out-pointers are ours.
-        let pfn = unsafe { calls::__kvm_faultin_pfn(slot.as_ptr(), gfn.0, flags, &mut writable, &mut page) };
+        let pfn = unsafe {
+            calls::__kvm_faultin_pfn(slot.as_ptr(), gfn.0, flags, &mut writable, &mut page)
+        };
         if pfn & PFN_ERROR != 0 || pfn >> 63 != 0 {
             return Err(match pfn & 0xf {
                 // The error numbers of kvm_host.h: FAULT 0, HWPOISON 1, RO_FAULT 2, SIGPENDING 3, NEEDS_IO 4.
@@ -86,7 +88,16 @@ impl HostPage {
     pub fn fault_in_gmem(kvm: &Kvm, slot: &Slot, gfn: Gfn) -> Result<HostPage, NoPage> {
         let (mut pfn, mut order, mut page) = (0, 0, ptr::null_mut());
         // SAFETY: VM and slot live and the frame is in the slot; the out-pointers are ours.
-        let error = unsafe { calls::kvm_gmem_get_pfn(kvm.as_ptr(), slot.as_ptr(), gfn.0, &mut pfn, &mut page, &mut order) };
+        let error = unsafe {
+            calls::kvm_gmem_get_pfn(
+                kvm.as_ptr(),
+                slot.as_ptr(),
+                gfn.0,
+                &mut pfn,
+                &mut page,
+                &mut order,
+            )
+        };
         if error != 0 {
             return Err(NoPage::Error(error));
         }

@@ -48,8 +48,14 @@ static MAX_HUGE_LEVEL: AtomicUsize = AtomicUsize::new(1);
 
 /// Looks the variables up; kvm.ko is there.
 pub fn bind() -> Result {
-    NX_HUGE_PAGES.store(symbols::require_kvm(c"nx_huge_pages")? as *mut i32, Ordering::Relaxed);
-    EAGER_PAGE_SPLIT.store(symbols::require_kvm(c"eager_page_split")? as *mut bool, Ordering::Relaxed);
+    NX_HUGE_PAGES.store(
+        symbols::require_kvm(c"nx_huge_pages")? as *mut i32,
+        Ordering::Relaxed,
+    );
+    EAGER_PAGE_SPLIT.store(
+        symbols::require_kvm(c"eager_page_split")? as *mut bool,
+        Ordering::Relaxed,
+    );
     let cache = symbols::require_kvm(c"mmu_page_header_cache")?;
     // SAFETY: the address of kvm.ko's `struct kmem_cache *`, which is used only while a VM of ours, and so kvm.ko, lives.
     unsafe { bindings::rmmu_set_header_cache(cache as *mut *mut bindings::kmem_cache) };
@@ -78,7 +84,12 @@ pub fn max_huge_level() -> Level {
 /// Why kvm.ko's configuration leaves us nothing to do, if so.
 pub fn unsupported() -> Result<Option<&'static str>> {
     // SAFETY: both are `bool` in kvm.ko.
-    let (tdp, tdp_mmu) = unsafe { (symbols::read_kvm::<bool>(c"tdp_enabled")?, symbols::read_kvm::<bool>(c"tdp_mmu_enabled")?) };
+    let (tdp, tdp_mmu) = unsafe {
+        (
+            symbols::read_kvm::<bool>(c"tdp_enabled")?,
+            symbols::read_kvm::<bool>(c"tdp_mmu_enabled")?,
+        )
+    };
     Ok(if !tdp {
         Some("KVM runs without nested paging (npt=0 or ept=0)")
     } else if !tdp_mmu {
@@ -124,7 +135,10 @@ pub fn spte_format(kvm: &Kvm) -> Result<SpteFormat> {
     let nx = mask(c"shadow_nx_mask")?;
     let me_mask = mask(c"shadow_me_mask")?;
     // Bits of the address that the host does not have, apart from those that select encryption.
-    let no_address = (u64::MAX >> 12) & !u64::MAX.wrapping_shl(52) & u64::MAX.wrapping_shl(physical_bits) & !me_mask;
+    let no_address = (u64::MAX >> 12)
+        & !u64::MAX.wrapping_shl(52)
+        & u64::MAX.wrapping_shl(physical_bits)
+        & !me_mask;
     let ept = nx == 0;
     Ok(SpteFormat {
         present,
@@ -162,7 +176,13 @@ fn reserved_bits(no_address: u64) -> [[u64; 5]; 2] {
     let huge = |level: u32| no_address | ((1u64 << (12 + 9 * (level - 1))) - 1) & !0x1fff;
     [
         [no_address; 5],
-        [no_address, huge(2), huge(3), no_address | 1 << 7, no_address | 1 << 7],
+        [
+            no_address,
+            huge(2),
+            huge(3),
+            no_address | 1 << 7,
+            no_address | 1 << 7,
+        ],
     ]
 }
 

@@ -96,7 +96,9 @@ impl Slot {
         }
         while level > Level::L4K {
             // SAFETY: the slot lives, the frame is in it, and the level is 2M or 1G.
-            let disallowed = unsafe { bindings::rmmu_slot_lpage_disallowed(self.as_ptr(), gfn.0, level.get().into()) };
+            let disallowed = unsafe {
+                bindings::rmmu_slot_lpage_disallowed(self.as_ptr(), gfn.0, level.get().into())
+            };
             if !disallowed {
                 break;
             }

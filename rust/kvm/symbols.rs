@@ -20,19 +20,34 @@ pub type Function = bindings::rmmu_function;
 /// Functions of the core kernel that are not exported.
 pub fn core_functions() -> &'static [Function] {
     // SAFETY: a constant C array with its length beside it.
-    unsafe { core::slice::from_raw_parts((&raw const bindings::rmmu_core).cast(), bindings::rmmu_core_len as usize) }
+    unsafe {
+        core::slice::from_raw_parts(
+            (&raw const bindings::rmmu_core).cast(),
+            bindings::rmmu_core_len as usize,
+        )
+    }
 }
 
 /// The hook table.
 pub fn entries() -> &'static [Function] {
     // SAFETY: as above.
-    unsafe { core::slice::from_raw_parts((&raw const bindings::rmmu_entries).cast(), bindings::rmmu_entries_len as usize) }
+    unsafe {
+        core::slice::from_raw_parts(
+            (&raw const bindings::rmmu_entries).cast(),
+            bindings::rmmu_entries_len as usize,
+        )
+    }
 }
 
 /// Functions of kvm.ko that rmmu calls.
 pub fn callees() -> &'static [Function] {
     // SAFETY: as above.
-    unsafe { core::slice::from_raw_parts((&raw const bindings::rmmu_callees).cast(), bindings::rmmu_callees_len as usize) }
+    unsafe {
+        core::slice::from_raw_parts(
+            (&raw const bindings::rmmu_callees).cast(),
+            bindings::rmmu_callees_len as usize,
+        )
+    }
 }
 
 /// The function's name.
@@ -70,7 +85,10 @@ pub fn lookup_kvm(name: &CStr) -> Result<Option<usize>> {
 /// The same, or an error that names the symbol.
 pub fn require_kvm(name: &CStr) -> Result<usize> {
     lookup_kvm(name)?.ok_or_else(|| {
-        pr_err!("this kernel's kvm.ko has no symbol {}: not a kernel this module was built for\n", name);
+        pr_err!(
+            "this kernel's kvm.ko has no symbol {}: not a kernel this module was built for\n",
+            name
+        );
         ENOENT
     })
 }
@@ -103,7 +121,10 @@ pub fn init() -> Result {
     bind(first, address);
     for function in rest {
         let address = lookup(name(function)).ok_or_else(|| {
-            pr_err!("this kernel has no function {}: ftrace with direct calls is needed\n", name(function));
+            pr_err!(
+                "this kernel has no function {}: ftrace with direct calls is needed\n",
+                name(function)
+            );
             ENOENT
         })?;
         bind(function, address);

@@ -90,7 +90,12 @@ impl Mmu {
     }
 
     /// Hands every root of `set` for which `drop_it` says so to `sink`, and forgets it.
-    pub fn take_roots(&self, set: RootSet, mut drop_it: impl FnMut(Hpa) -> bool, mut sink: impl FnMut(Hpa)) {
+    pub fn take_roots(
+        &self,
+        set: RootSet,
+        mut drop_it: impl FnMut(Hpa) -> bool,
+        mut sink: impl FnMut(Hpa),
+    ) {
         if let Some(root) = self.root().filter(|&hpa| set.has(0) && drop_it(hpa)) {
             self.set_root(None);
             sink(root);
@@ -170,8 +175,14 @@ impl Vcpu {
         // SAFETY: the caches are this thread's.
         unsafe {
             let arch = &raw mut (*self.as_ptr()).arch;
-            to_result(calls::kvm_mmu_topup_memory_cache(&raw mut (*arch).mmu_shadow_page_cache, 5))?;
-            to_result(calls::kvm_mmu_topup_memory_cache(&raw mut (*arch).mmu_page_header_cache, 5))
+            to_result(calls::kvm_mmu_topup_memory_cache(
+                &raw mut (*arch).mmu_shadow_page_cache,
+                5,
+            ))?;
+            to_result(calls::kvm_mmu_topup_memory_cache(
+                &raw mut (*arch).mmu_page_header_cache,
+                5,
+            ))
         }
     }
 
@@ -180,7 +191,8 @@ impl Vcpu {
         // SAFETY: the caches are this thread's, and neither is empty.
         unsafe {
             let arch = &raw mut (*self.as_ptr()).arch;
-            if (*arch).mmu_shadow_page_cache.nobjs == 0 || (*arch).mmu_page_header_cache.nobjs == 0 {
+            if (*arch).mmu_shadow_page_cache.nobjs == 0 || (*arch).mmu_page_header_cache.nobjs == 0
+            {
                 return None;
             }
             let page = calls::kvm_mmu_memory_cache_alloc(&raw mut (*arch).mmu_shadow_page_cache);

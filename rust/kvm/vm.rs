@@ -64,7 +64,8 @@ impl Kvm {
         // can reach it.
         unsafe {
             let mark = (*kvm).arch.active_mmu_pages.prev.cast::<u8>();
-            (mark.cast_const() == &raw const rmmu_owner_mark).then(|| (*kvm).arch.tdp_mmu_roots.prev.cast())
+            (mark.cast_const() == &raw const rmmu_owner_mark)
+                .then(|| (*kvm).arch.tdp_mmu_roots.prev.cast())
         }
     }
 
@@ -138,7 +139,10 @@ impl Kvm {
     pub fn request_free_obsolete_roots(&self) {
         // SAFETY: the VM lives; the request number is KVM's own.
         unsafe {
-            calls::kvm_make_all_cpus_request(self.as_ptr(), bindings::rmmu_req_free_obsolete_roots() as u32);
+            calls::kvm_make_all_cpus_request(
+                self.as_ptr(),
+                bindings::rmmu_req_free_obsolete_roots() as u32,
+            );
         }
     }
 
@@ -146,14 +150,18 @@ impl Kvm {
     pub fn request_apic_page_reload(&self) {
         // SAFETY: the VM lives; the request number is KVM's own.
         unsafe {
-            calls::kvm_make_all_cpus_request(self.as_ptr(), bindings::rmmu_req_apic_page_reload() as u32);
+            calls::kvm_make_all_cpus_request(
+                self.as_ptr(),
+                bindings::rmmu_req_apic_page_reload() as u32,
+            );
         }
     }
 
     /// The number of invalidations by the host's mm that have ended.
     pub fn invalidate_seq(&self) -> usize {
         // SAFETY: a plain word that others write under mmu_lock; read once.
-        let seq = unsafe { core::ptr::read_volatile(&raw const (*self.as_ptr()).mmu_invalidate_seq) };
+        let seq =
+            unsafe { core::ptr::read_volatile(&raw const (*self.as_ptr()).mmu_invalidate_seq) };
         // The pfn is looked up after the number: see mmu_invalidate_retry_gfn().
         core::sync::atomic::fence(Ordering::Acquire);
         seq as usize
@@ -172,7 +180,13 @@ impl Kvm {
     }
 
     /// Runs `f`, which changes mappings of `[start, end)`, so that faults that race with it retry.
-    pub fn invalidating<R>(&self, guard: &mut WriteGuard<'_>, start: u64, end: u64, f: impl FnOnce(&mut WriteGuard<'_>) -> R) -> R {
+    pub fn invalidating<R>(
+        &self,
+        guard: &mut WriteGuard<'_>,
+        start: u64,
+        end: u64,
+        f: impl FnOnce(&mut WriteGuard<'_>) -> R,
+    ) -> R {
         // SAFETY: the VM lives and mmu_lock is held for write.
         unsafe {
             calls::kvm_mmu_invalidate_start(self.as_ptr());
@@ -188,8 +202,14 @@ impl Kvm {
     pub fn account_pages(&self, level: u8, delta: i64) {
         // SAFETY: the statistics are 64-bit atomics of KVM's.
         unsafe {
-            if let Some(counter) = (*self.as_ptr()).stat.__bindgen_anon_1.pages.get_mut((level as usize).wrapping_sub(1)) {
-                AtomicI64::from_ptr(addr_of_mut!(*counter).cast()).fetch_add(delta, Ordering::Relaxed);
+            if let Some(counter) = (*self.as_ptr())
+                .stat
+                .__bindgen_anon_1
+                .pages
+                .get_mut((level as usize).wrapping_sub(1))
+            {
+                AtomicI64::from_ptr(addr_of_mut!(*counter).cast())
+                    .fetch_add(delta, Ordering::Relaxed);
             }
         }
     }
@@ -198,8 +218,15 @@ impl Kvm {
     pub fn pages(&self, level: u8) -> i64 {
         // SAFETY: as in `account_pages`.
         unsafe {
-            match (*self.as_ptr()).stat.__bindgen_anon_1.pages.get_mut((level as usize).wrapping_sub(1)) {
-                Some(counter) => AtomicI64::from_ptr(addr_of_mut!(*counter).cast()).load(Ordering::Relaxed),
+            match (*self.as_ptr())
+                .stat
+                .__bindgen_anon_1
+                .pages
+                .get_mut((level as usize).wrapping_sub(1))
+            {
+                Some(counter) => {
+                    AtomicI64::from_ptr(addr_of_mut!(*counter).cast()).load(Ordering::Relaxed)
+                }
                 None => 0,
             }
         }

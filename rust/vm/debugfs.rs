@@ -39,9 +39,16 @@ impl VmDir {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         // SAFETY: no precondition.
         let pid = unsafe { bindings::rmmu_current_pid() };
-        let Ok(name) = CString::try_from_fmt(fmt!("{}-{}", pid, number)) else { return };
+        let Ok(name) = CString::try_from_fmt(fmt!("{}-{}", pid, number)) else {
+            return;
+        };
         // SAFETY: `remove` waits for readers before `vm` goes.
-        let dir = unsafe { bindings::rmmu_debugfs_add_vm(name.as_char_ptr().cast(), core::ptr::from_ref(vm).cast_mut().cast()) };
+        let dir = unsafe {
+            bindings::rmmu_debugfs_add_vm(
+                name.as_char_ptr().cast(),
+                core::ptr::from_ref(vm).cast_mut().cast(),
+            )
+        };
         self.0.store(dir, Ordering::Relaxed);
     }
 
@@ -97,8 +104,16 @@ unsafe extern "C" fn rmmu_show_stats(m: *mut bindings::seq_file) {
     // SAFETY: called by debugfs.
     let m = unsafe { seq(m) };
     seq_print!(m, "vms_owned {}\n", STATS.owned.load(Ordering::Relaxed));
-    seq_print!(m, "vms_owned_total {}\n", STATS.owned_total.load(Ordering::Relaxed));
-    seq_print!(m, "vms_declined {}\n", STATS.declined.load(Ordering::Relaxed));
+    seq_print!(
+        m,
+        "vms_owned_total {}\n",
+        STATS.owned_total.load(Ordering::Relaxed)
+    );
+    seq_print!(
+        m,
+        "vms_declined {}\n",
+        STATS.declined.load(Ordering::Relaxed)
+    );
     seq_print!(m, "table_pages {}\n", table::live());
     seq_print!(m, "hooks_attached {}\n", u8::from(crate::hook::attached()));
 }
@@ -125,7 +140,9 @@ unsafe extern "C" fn rmmu_show_tables(m: *mut bindings::seq_file, data: *mut c_v
     let (m, vm) = unsafe { (seq(m), vm(data)) };
     let mut roots = 0u32;
     let mut lock = vm.kvm.read_lock();
-    vm.tdp.visit_roots(&vm.host(), lock.token(), |_, _, _| roots = roots.wrapping_add(1));
+    vm.tdp.visit_roots(&vm.host(), lock.token(), |_, _, _| {
+        roots = roots.wrapping_add(1)
+    });
     drop(lock);
     seq_print!(m, "tables {}\n", vm.tables.load(Ordering::Relaxed));
     seq_print!(m, "roots {}\n", roots);
@@ -175,7 +192,14 @@ fn print_run(m: &SeqFile, run: &Run) {
         2 => "2M",
         _ => "1G",
     };
-    seq_print!(m, "{:#014x}-{:#014x} {:>8}K {} ", run.start.to_gpa(), run.end.to_gpa(), run.end.0.wrapping_sub(run.start.0) << 2, name);
+    seq_print!(
+        m,
+        "{:#014x}-{:#014x} {:>8}K {} ",
+        run.start.to_gpa(),
+        run.end.to_gpa(),
+        run.end.0.wrapping_sub(run.start.0) << 2,
+        name
+    );
     for flag in run.permissions {
         seq_print!(m, "{}", flag);
     }
@@ -186,24 +210,32 @@ fn print_root(m: &SeqFile, vm: &Vm, root: TablePtr) {
     let mut run: Option<Run> = None;
     let mut from = Some(Gfn(0));
     while let Some(gfn) = from {
-        from = vm.tdp.visit_leaves(&vm.host(), root, gfn, BATCH, |gfn, level, spte| {
-            let permissions = permissions(vm, spte);
-            let end = gfn.add(level.pages());
-            match &mut run {
-                Some(run) if run.end == gfn && run.level == level && run.permissions == permissions => run.end = end,
-                _ => {
-                    if let Some(run) = &run {
-                        print_run(m, run);
+        from = vm
+            .tdp
+            .visit_leaves(&vm.host(), root, gfn, BATCH, |gfn, level, spte| {
+                let permissions = permissions(vm, spte);
+                let end = gfn.add(level.pages());
+                match &mut run {
+                    Some(run)
+                        if run.end == gfn
+                            && run.level == level
+                            && run.permissions == permissions =>
+                    {
+                        run.end = end
                     }
-                    run = Some(Run {
-                        start: gfn,
-                        end,
-                        level,
-                        permissions,
-                    });
+                    _ => {
+                        if let Some(run) = &run {
+                            print_run(m, run);
+                        }
+                        run = Some(Run {
+                            start: gfn,
+                            end,
+                            level,
+                            permissions,
+                        });
+                    }
                 }
-            }
-        });
+            });
     }
     if let Some(run) = &run {
         print_run(m, run);
@@ -219,18 +251,24 @@ unsafe extern "C" fn rmmu_show_page_table(m: *mut bindings::seq_file, data: *mut
     {
         let mut lock = vm.kvm.read_lock();
         let mut free = roots.iter_mut();
-        vm.tdp.visit_roots(&vm.host(), lock.token(), |root, role, invalid| {
-            if !invalid && vm.tdp.get_root(root) {
-                match free.next() {
-                    Some(place) => *place = Some((root, role)),
-                    None => vm.tdp.put_root(&vm.host(), root),
+        vm.tdp
+            .visit_roots(&vm.host(), lock.token(), |root, role, invalid| {
+                if !invalid && vm.tdp.get_root(root) {
+                    match free.next() {
+                        Some(place) => *place = Some((root, role)),
+                        None => vm.tdp.put_root(&vm.host(), root),
+                    }
                 }
-            }
-        });
+            });
     }
     for (root, role) in roots.into_iter().flatten() {
-        seq_print!(m, "# root level {}{}{}\n", role.level.get(), if role.smm { " smm" } else { "" },
-            if role.guest_mode { " guest-mode" } else { "" });
+        seq_print!(
+            m,
+            "# root level {}{}{}\n",
+            role.level.get(),
+            if role.smm { " smm" } else { "" },
+            if role.guest_mode { " guest-mode" } else { "" }
+        );
         print_root(m, vm, root);
         let _lock = vm.kvm.read_lock();
         vm.tdp.put_root(&vm.host(), root);

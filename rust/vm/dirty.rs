@@ -20,21 +20,37 @@ impl Vm {
     pub fn write_protect_slot(&self, kvm: &Kvm, slot: &Slot, level: Level) {
         let host = self.host();
         let mut lock = kvm.read_lock();
-        let flush = self
-            .tdp
-            .write_protect_slot(&host, lock.token(), slot.smm(), slot.range(), level);
+        let flush =
+            self.tdp
+                .write_protect_slot(&host, lock.token(), slot.smm(), slot.range(), level);
         // The caller flushes the slot unconditionally, after it has dropped mmu_lock: no vCPU relies on the log before.
         drop(flush);
     }
 
     /// Write-protects a frame for good; `kvm_mmu_slot_gfn_write_protect()`. Returns whether the caller must flush.
-    pub fn write_protect_gfn(&self, _kvm: &Kvm, lock: &MmuWrite<'_>, slot: &Slot, gfn: Gfn, level: Level) -> bool {
-        let flush = self.tdp.write_protect_gfn(&self.host(), lock, slot.smm(), gfn, level);
+    pub fn write_protect_gfn(
+        &self,
+        _kvm: &Kvm,
+        lock: &MmuWrite<'_>,
+        slot: &Slot,
+        gfn: Gfn,
+        level: Level,
+    ) -> bool {
+        let flush = self
+            .tdp
+            .write_protect_gfn(&self.host(), lock, slot.smm(), gfn, level);
         flush.needed()
     }
 
     /// Makes the frames of `mask` clean; `kvm_arch_mmu_enable_log_dirty_pt_masked()`. KVM flushes.
-    pub fn log_dirty_masked(&self, kvm: &Kvm, lock: &mut MmuWrite<'_>, slot: &Slot, offset: u64, mask: u64) {
+    pub fn log_dirty_masked(
+        &self,
+        kvm: &Kvm,
+        lock: &mut MmuWrite<'_>,
+        slot: &Slot,
+        offset: u64,
+        mask: u64,
+    ) {
         if mask == 0 {
             return;
         }
@@ -44,12 +60,26 @@ impl Vm {
             let first = base.add(mask.trailing_zeros().into());
             let last = base.add(63u64.wrapping_sub(mask.leading_zeros().into()));
             if param::eager_page_split() {
-                self.split_locked(kvm, lock, slot, GfnRange::new(first, last.add(1)), Level::L4K);
+                self.split_locked(
+                    kvm,
+                    lock,
+                    slot,
+                    GfnRange::new(first, last.add(1)),
+                    Level::L4K,
+                );
             }
             let host = self.host();
-            let mut flush = self.tdp.write_protect_gfn(&host, lock, slot.smm(), first, Level::L2M);
+            let mut flush = self
+                .tdp
+                .write_protect_gfn(&host, lock, slot.smm(), first, Level::L2M);
             if first.round_down(Level::L2M) != last.round_down(Level::L2M) {
-                flush = flush.merge(self.tdp.write_protect_gfn(&host, lock, slot.smm(), last, Level::L2M));
+                flush = flush.merge(self.tdp.write_protect_gfn(
+                    &host,
+                    lock,
+                    slot.smm(),
+                    last,
+                    Level::L2M,
+                ));
             }
             drop(flush);
         }
@@ -68,8 +98,17 @@ impl Vm {
     /// Splits huge pages of a range; `kvm_mmu_try_split_huge_pages()`.
     ///
     /// Out of memory ends it early: what stays huge is split by the fault that writes to it.
-    pub fn split_locked<L: MmuLocked>(&self, _kvm: &Kvm, lock: &mut L, slot: &Slot, range: GfnRange, level: Level) {
-        let _ = self.tdp.split_huge(&self.host(), lock, slot.smm(), range, level);
+    pub fn split_locked<L: MmuLocked>(
+        &self,
+        _kvm: &Kvm,
+        lock: &mut L,
+        slot: &Slot,
+        range: GfnRange,
+        level: Level,
+    ) {
+        let _ = self
+            .tdp
+            .split_huge(&self.host(), lock, slot.smm(), range, level);
     }
 
     /// The same for a whole slot; `kvm_mmu_slot_try_split_huge_pages()`.
@@ -83,8 +122,9 @@ impl Vm {
         let host = self.host();
         let limit = param::max_huge_level();
         let mut lock = kvm.read_lock();
-        self.tdp.recover_huge(&host, lock.token(), slot.smm(), slot.range(), |gfn| {
-            slot.max_mapping_level(kvm, gfn, limit)
-        });
+        self.tdp
+            .recover_huge(&host, lock.token(), slot.smm(), slot.range(), |gfn| {
+                slot.max_mapping_level(kvm, gfn, limit)
+            });
     }
 }

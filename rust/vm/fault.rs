@@ -96,7 +96,14 @@ fn bump(counter: &AtomicU64) {
 
 impl Vm {
     /// A stage-2 fault of the guest; `kvm_mmu_page_fault()`.
-    pub fn page_fault(&self, vcpu: &Vcpu, gpa: u64, error_code: u64, insn: *mut c_void, len: i32) -> i32 {
+    pub fn page_fault(
+        &self,
+        vcpu: &Vcpu,
+        gpa: u64,
+        error_code: u64,
+        insn: *mut c_void,
+        len: i32,
+    ) -> i32 {
         let Some(_) = vcpu.mmu().root() else {
             self.kvm.bug(c"a fault of a vCPU without a root");
             return EIO.to_errno();
@@ -147,14 +154,23 @@ impl Vm {
             }
             Handled::Mmio | Handled::Emulate => {
                 vcpu.count(FaultStat::Emulate);
-                bump(if handled == Handled::Mmio { &self.faults.mmio } else { &self.faults.emulate });
+                bump(if handled == Handled::Mmio {
+                    &self.faults.mmio
+                } else {
+                    &self.faults.emulate
+                });
                 self.emulate(vcpu, &access, insn, len)
             }
         }
     }
 
     fn emulate(&self, vcpu: &Vcpu, access: &Access, insn: *mut c_void, len: i32) -> i32 {
-        vcpu.emulate(access.gpa, crate::kvm::bindings::EMULTYPE_PF as i32, insn, len)
+        vcpu.emulate(
+            access.gpa,
+            crate::kvm::bindings::EMULTYPE_PF as i32,
+            insn,
+            len,
+        )
     }
 
     /// A page that was on its way in is there: map it before the guest asks again; `kvm_arch_async_page_ready()`.
@@ -222,7 +238,10 @@ impl Vm {
         let root = vcpu.mmu().root().and_then(|hpa| self.root_table(hpa))?;
         let mut path = [Spte::NONPRESENT; 6];
         let (level, _) = self.tdp.walk(&self.host(), root, access.gfn, &mut path)?;
-        let spte = path.get(usize::from(level.get())).copied().unwrap_or(Spte::NONPRESENT);
+        let spte = path
+            .get(usize::from(level.get()))
+            .copied()
+            .unwrap_or(Spte::NONPRESENT);
         if !spte.is_mmio(&self.format) {
             // Zapped or replaced since.
             return Some(Handled::Retry);
@@ -253,7 +272,11 @@ impl Vm {
         };
         if slot.invalid() {
             // On its way out; the slots that follow are not there yet.
-            return if access.prefetch { Err(EAGAIN) } else { Ok(Handled::Retry) };
+            return if access.prefetch {
+                Err(EAGAIN)
+            } else {
+                Ok(Handled::Retry)
+            };
         }
         if slot.is_apic_access_page() {
             // A nested guest has no APIC page of its own, and without APICv the page is a device.
@@ -291,9 +314,15 @@ impl Vm {
         }
         let root = vcpu.mmu().root().and_then(|hpa| self.root_table(hpa))?;
         let dirty_track = slot.is_some_and(Slot::dirty_tracked);
-        let outcome = self
-            .tdp
-            .fast_fault(&self.host(), root, access.gfn, access.write, access.exec, slot, dirty_track);
+        let outcome = self.tdp.fast_fault(
+            &self.host(),
+            root,
+            access.gfn,
+            access.write,
+            access.exec,
+            slot,
+            dirty_track,
+        );
         let handled = match outcome {
             FastOutcome::Invalid => return None,
             FastOutcome::Fixed => Handled::Fast,
@@ -304,7 +333,12 @@ impl Vm {
     }
 
     /// The host's page; or how the fault ends without one.
-    fn fault_in(&self, vcpu: &Vcpu, access: &Access, slot: &Slot) -> Result<HostPage, Result<Handled>> {
+    fn fault_in(
+        &self,
+        vcpu: &Vcpu,
+        access: &Access,
+        slot: &Slot,
+    ) -> Result<HostPage, Result<Handled>> {
         if slot.gmem_only() {
             return HostPage::fault_in_gmem(self.kvm, slot, access.gfn).map_err(|no_page| {
                 vcpu.memory_fault_exit(access.gfn, access.write, access.exec);
@@ -355,7 +389,10 @@ impl Vm {
 
     /// An access to no memory: remember that in an MMIO entry, if the hardware can, and emulate.
     fn map_mmio(&self, vcpu: &Vcpu, access: &Access) -> Result<Handled> {
-        vcpu.mmio_cache(access.gfn, u64::from(ACC_ALL) & self.format.mmio_access_mask);
+        vcpu.mmio_cache(
+            access.gfn,
+            u64::from(ACC_ALL) & self.format.mmio_access_mask,
+        );
         // Entries for addresses the host does not have are impossible.
         if !self.format.mmio_caching || access.gfn > self.format.max_gfn {
             return Ok(Handled::Mmio);
@@ -366,11 +403,16 @@ impl Vm {
             ..self.fault_for(vcpu, access)
         };
         let mut lock = self.kvm.read_lock();
-        let Some(root) = self.current_root(vcpu) else { return Ok(Handled::Retry) };
-        match self
-            .tdp
-            .map(&self.host(), lock.token(), root, &mut fault, &mut table::VcpuCache(vcpu))
-        {
+        let Some(root) = self.current_root(vcpu) else {
+            return Ok(Handled::Retry);
+        };
+        match self.tdp.map(
+            &self.host(),
+            lock.token(),
+            root,
+            &mut fault,
+            &mut table::VcpuCache(vcpu),
+        ) {
             Outcome::Emulate => {
                 vcpu.count(FaultStat::MmioInstalled);
                 Ok(Handled::Mmio)
@@ -426,7 +468,11 @@ impl Vm {
             map_writable: page.writable,
             max_level: page.max_level.min(param::max_huge_level()),
             dirty_track: slot.dirty_tracked(),
-            memtype: if self.host_mmio_matters { page::memtype(vcpu, access.gfn, host_mmio) } else { 0 },
+            memtype: if self.host_mmio_matters {
+                page::memtype(vcpu, access.gfn, host_mmio)
+            } else {
+                0
+            },
             is_host_mmio: host_mmio,
             ..self.fault_for(vcpu, access)
         };
@@ -441,9 +487,13 @@ impl Vm {
         };
         fault.write_tracked = slot.write_tracked(self.kvm, access.gfn);
         self.choose_level(slot, &mut fault);
-        let outcome = self
-            .tdp
-            .map(&self.host(), lock.token(), root, &mut fault, &mut table::VcpuCache(vcpu));
+        let outcome = self.tdp.map(
+            &self.host(),
+            lock.token(),
+            root,
+            &mut fault,
+            &mut table::VcpuCache(vcpu),
+        );
         *level = fault.goal_level;
         if matches!(outcome, Outcome::Retry | Outcome::OutOfMemory) {
             page.release_unused();
@@ -475,9 +525,16 @@ impl Vm {
 
     /// Prints the entries on the way to `gpa`; `kvm_mmu_print_sptes()`.
     pub fn print_sptes(&self, vcpu: &Vcpu, gpa: u64) {
-        let Some(root) = vcpu.mmu().root().and_then(|hpa| self.root_table(hpa)) else { return };
+        let Some(root) = vcpu.mmu().root().and_then(|hpa| self.root_table(hpa)) else {
+            return;
+        };
         let mut path = [Spte::NONPRESENT; 6];
-        let Some((lowest, top)) = self.tdp.walk(&self.host(), root, Gfn(gpa >> PAGE_SHIFT), &mut path) else { return };
+        let Some((lowest, top)) =
+            self.tdp
+                .walk(&self.host(), root, Gfn(gpa >> PAGE_SHIFT), &mut path)
+        else {
+            return;
+        };
         pr_err!("entries on the way to gpa {:#x}:\n", gpa);
         for level in (lowest.get()..=top.get()).rev() {
             if let Some(spte) = path.get(usize::from(level)) {

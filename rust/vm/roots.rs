@@ -17,7 +17,6 @@ use kernel::prelude::*;
 impl Vm {
     /// The table behind a root that a vCPU holds a reference on.
     pub(super) fn root_table(&self, root: Hpa) -> Option<TablePtr> {
-
         table::root_at(root)
     }
 
@@ -43,7 +42,12 @@ impl Vm {
         let root = {
             let mut lock = self.kvm.read_lock();
             self.tdp
-                .find_or_alloc_root(&self.host(), lock.token(), role, &mut table::VcpuCache(vcpu))
+                .find_or_alloc_root(
+                    &self.host(),
+                    lock.token(),
+                    role,
+                    &mut table::VcpuCache(vcpu),
+                )
                 .ok_or(ENOMEM)?
         };
         mmu.set_root(Some(root.hpa()));
@@ -98,7 +102,9 @@ impl Vm {
     /// entry loads one that fits.
     pub fn new_pgd(&self, vcpu: &Vcpu) {
         let mmu = vcpu.mmu();
-        let Some(root) = mmu.root().and_then(|hpa| self.root_table(hpa)) else { return };
+        let Some(root) = mmu.root().and_then(|hpa| self.root_table(hpa)) else {
+            return;
+        };
         if !mmu.direct() || table::role(root).word != mmu.role_word() || table::invalid(root) {
             self.drop_roots(mmu, RootSet(1), |_| true);
             return;

@@ -15,10 +15,22 @@ use crate::{
 
 impl Vm {
     /// The host unmaps pages; `kvm_unmap_gfn_range()`. Returns whether the caller must flush.
-    pub fn unmap(&self, kvm: &Kvm, lock: &mut MmuWrite<'_>, range: GfnRange, slot: &Slot, may_block: bool) -> bool {
-        let flush = self
-            .tdp
-            .unmap_range_in(&self.host(), lock, slot.smm(), range, may_block, Flush::none());
+    pub fn unmap(
+        &self,
+        kvm: &Kvm,
+        lock: &mut MmuWrite<'_>,
+        range: GfnRange,
+        slot: &Slot,
+        may_block: bool,
+    ) -> bool {
+        let flush = self.tdp.unmap_range_in(
+            &self.host(),
+            lock,
+            slot.smm(),
+            range,
+            may_block,
+            Flush::none(),
+        );
         if slot.is_apic_access_page() {
             kvm.request_apic_page_reload();
         }
@@ -56,7 +68,9 @@ impl Vm {
         let mut lock = kvm.write_lock();
         kvm.invalidating(&mut lock, range.start.0, range.end.0, |lock| {
             let host = self.host();
-            let flush = self.tdp.zap_leafs(&host, lock.token(), range, Flush::none());
+            let flush = self
+                .tdp
+                .zap_leafs(&host, lock.token(), range, Flush::none());
             host.spend_range(flush, range, lock.token());
         });
     }
