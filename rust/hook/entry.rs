@@ -325,6 +325,9 @@ vm_handlers! {
         }
     }
 
+    /// A turn of the task that recovers NX huge pages.
+    fn rmmu_kvm_nx_huge_page_recovery_worker(kvm, vm) -> bool = false, { vm.nx_recovery_turn(kvm) }
+
     /// Dirty logging is over: map huge pages again.
     fn rmmu_kvm_mmu_recover_huge_pages(kvm, vm, slot: *const kvm_memory_slot) -> () = (), {
         // SAFETY: KVM holds slots_lock.

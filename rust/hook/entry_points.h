@@ -52,4 +52,6 @@ RMMU_HOOK(kvm_mmu_slot_leaf_clear_dirty, VM, "void(struct kvm *, const struct kv
 RMMU_HOOK(kvm_mmu_try_split_huge_pages, VM, "void(struct kvm *, const struct kvm_memory_slot *, u64, u64, int)")
 RMMU_HOOK(kvm_mmu_slot_try_split_huge_pages, VM, "void(struct kvm *, const struct kvm_memory_slot *, int)")
 RMMU_HOOK(kvm_mmu_recover_huge_pages, VM, "void(struct kvm *, const struct kvm_memory_slot *)")
+/* The worker that gives back what the NX huge page mitigation split */
+RMMU_HOOK(kvm_nx_huge_page_recovery_worker, VM, "bool(void *)")
 /* hook-table-end */

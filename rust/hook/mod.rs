@@ -279,11 +279,14 @@ pub fn init() -> Result {
     };
     // SAFETY: lives until `exit` takes it out.
     to_result(unsafe { bindings::register_module_notifier(notifier) })?;
-    if symbols::lookup_kvm(c"kvm_mmu_page_fault")?.is_none() {
-        pr_info!("kvm.ko is not loaded; hooks follow when it is\n");
-        return Ok(());
-    }
-    attach().inspect_err(|_| {
+    let attach_now = || match symbols::lookup_kvm(c"kvm_mmu_page_fault")? {
+        Some(_) => attach(),
+        None => {
+            pr_info!("kvm.ko is not loaded; hooks follow when it is\n");
+            Ok(())
+        }
+    };
+    attach_now().inspect_err(|_| {
         // SAFETY: registered above.
         unsafe { bindings::unregister_module_notifier(notifier) };
     })

@@ -15,7 +15,8 @@
 #include "kvm_mm.h"
 #include "glue.h"
 
-/* Static in kvm.ko: no header declares it. */
+/* Static in kvm.ko: no header declares them. */
+bool kvm_nx_huge_page_recovery_worker(void *data);
 void __kvm_mmu_zap_all_fast_front_half(struct kvm *kvm);
 
 /* rmmu_orig_FUNCTION: the function itself, past its patched entry. */

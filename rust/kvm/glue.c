@@ -228,6 +228,33 @@ void rmmu_table_free_rcu(void *header)
 	call_rcu(&((struct kvm_mmu_page *)header)->rcu_head, rmmu_table_rcu);
 }
 
+/* NX huge page recovery */
+
+/* Sleeps until the next round is due, or somebody wakes the worker; false if it is due now. */
+bool rmmu_nx_wait(struct kvm *kvm, unsigned int period_ms)
+{
+	long left = kvm->arch.nx_huge_page_last + msecs_to_jiffies(period_ms) - get_jiffies_64();
+
+	if (left <= 0) {
+		/* The task's loop has set it to sleep before it called. */
+		__set_current_state(TASK_RUNNING);
+		return false;
+	}
+	schedule_timeout(left);
+	return true;
+}
+
+void rmmu_nx_done(struct kvm *kvm) { kvm->arch.nx_huge_page_last = get_jiffies_64(); }
+int rmmu_srcu_lock(struct kvm *kvm) { return srcu_read_lock(&kvm->srcu); }
+void rmmu_srcu_unlock(struct kvm *kvm, int index) { srcu_read_unlock(&kvm->srcu, index); }
+
+bool rmmu_gfn_dirty_tracked(struct kvm *kvm, bool smm, gfn_t gfn)
+{
+	const struct kvm_memory_slot *slot = __gfn_to_memslot(__kvm_memslots(kvm, smm), gfn);
+
+	return slot && kvm_slot_dirty_track_enabled(slot);
+}
+
 /* A broken invariant: say so once, and let the VM run no further. */
 void rmmu_vm_bug(struct kvm *kvm, const char *what)
 {

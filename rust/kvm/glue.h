@@ -103,6 +103,13 @@ void rmmu_table_free_rcu(void *header);
 void rmmu_set_header_cache(struct kmem_cache **cache);
 void rmmu_table_freed(void *header);	/* Rust: after the grace period */
 
+/* NX huge page recovery */
+bool rmmu_nx_wait(struct kvm *kvm, unsigned int period_ms);
+void rmmu_nx_done(struct kvm *kvm);
+int rmmu_srcu_lock(struct kvm *kvm);
+void rmmu_srcu_unlock(struct kvm *kvm, int index);
+bool rmmu_gfn_dirty_tracked(struct kvm *kvm, bool smm, gfn_t gfn);
+
 void rmmu_vm_bug(struct kvm *kvm, const char *what);
 
 /* debugfs */

@@ -44,6 +44,8 @@ pub fn own_new_vms() -> bool {
 /// Where kvm.ko keeps what can change while it runs.
 static NX_HUGE_PAGES: AtomicPtr<i32> = AtomicPtr::new(core::ptr::null_mut());
 static EAGER_PAGE_SPLIT: AtomicPtr<bool> = AtomicPtr::new(core::ptr::null_mut());
+static NX_RECOVERY_RATIO: AtomicPtr<u32> = AtomicPtr::new(core::ptr::null_mut());
+static NX_RECOVERY_PERIOD: AtomicPtr<u32> = AtomicPtr::new(core::ptr::null_mut());
 static MAX_HUGE_LEVEL: AtomicUsize = AtomicUsize::new(1);
 
 /// Looks the variables up; kvm.ko is there.
@@ -54,6 +56,14 @@ pub fn bind() -> Result {
     );
     EAGER_PAGE_SPLIT.store(
         symbols::require_kvm(c"eager_page_split")? as *mut bool,
+        Ordering::Relaxed,
+    );
+    NX_RECOVERY_RATIO.store(
+        symbols::require_kvm(c"nx_huge_pages_recovery_ratio")? as *mut u32,
+        Ordering::Relaxed,
+    );
+    NX_RECOVERY_PERIOD.store(
+        symbols::require_kvm(c"nx_huge_pages_recovery_period_ms")? as *mut u32,
         Ordering::Relaxed,
     );
     let cache = symbols::require_kvm(c"mmu_page_header_cache")?;
@@ -67,6 +77,38 @@ pub fn nx_huge_pages() -> bool {
     let variable = NX_HUGE_PAGES.load(Ordering::Relaxed);
     // SAFETY: bound before any VM is ours, and kvm.ko stays while one is.
     !variable.is_null() && unsafe { variable.read_volatile() } != 0
+}
+
+/// How kvm's parameters want NX splits to be recovered.
+pub struct NxRecovery {
+    /// One in so many candidates a round.
+    pub ratio: u32,
+    /// Milliseconds between rounds.
+    pub period_ms: u32,
+}
+
+/// kvm's `nx_huge_pages_recovery_ratio` and `nx_huge_pages_recovery_period_ms`; none if recovery is off.
+pub fn nx_recovery() -> Option<NxRecovery> {
+    /// A period of 0 lets every candidate have its turn within an hour.
+    const HOUR_MS: u32 = 60 * 60 * 1000;
+    let read = |variable: &AtomicPtr<u32>| {
+        let variable = variable.load(Ordering::Relaxed);
+        // SAFETY: bound before any VM is ours, and kvm.ko stays while one is.
+        if variable.is_null() {
+            0
+        } else {
+            unsafe { variable.read_volatile() }
+        }
+    };
+    let ratio = read(&NX_RECOVERY_RATIO);
+    if !nx_huge_pages() || ratio == 0 {
+        return None;
+    }
+    let period_ms = match read(&NX_RECOVERY_PERIOD) {
+        0 => HOUR_MS.checked_div(ratio.min(3600))?,
+        period => period,
+    };
+    Some(NxRecovery { ratio, period_ms })
 }
 
 /// kvm's `eager_page_split`.

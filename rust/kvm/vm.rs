@@ -283,6 +283,34 @@ impl Kvm {
         unsafe { calls::kvm_apicv_activated(self.as_ptr()) }
     }
 
+    /// Sleeps until the next round of NX recovery is due. Returns false if it is due now.
+    pub fn nx_wait(&self, period_ms: u32) -> bool {
+        // SAFETY: called by the VM's own recovery task.
+        unsafe { bindings::rmmu_nx_wait(self.as_ptr(), period_ms) }
+    }
+
+    /// The round is over.
+    pub fn nx_done(&self) {
+        // SAFETY: as above.
+        unsafe { bindings::rmmu_nx_done(self.as_ptr()) }
+    }
+
+    /// Runs `f` while slots cannot go away.
+    pub fn with_srcu<R>(&self, f: impl FnOnce() -> R) -> R {
+        // SAFETY: the VM lives; left below.
+        let index = unsafe { bindings::rmmu_srcu_lock(self.as_ptr()) };
+        let result = f();
+        // SAFETY: entered above.
+        unsafe { bindings::rmmu_srcu_unlock(self.as_ptr(), index) };
+        result
+    }
+
+    /// Whether the slot of a frame logs dirty pages. Within [`with_srcu`](Self::with_srcu).
+    pub fn gfn_dirty_tracked(&self, smm: bool, gfn: u64) -> bool {
+        // SAFETY: the VM lives, and SRCU keeps the slots.
+        unsafe { bindings::rmmu_gfn_dirty_tracked(self.as_ptr(), smm, gfn) }
+    }
+
     /// A broken invariant: warns once, and the VM runs no more.
     pub fn bug(&self, what: &'static CStr) {
         // SAFETY: the VM lives.

@@ -117,6 +117,33 @@ impl Vm {
         self.split_locked(kvm, lock.token(), slot, slot.range(), level);
     }
 
+    /// One turn of the VM's NX recovery task; `kvm_nx_huge_page_recovery_worker()`. Returns whether there was work.
+    ///
+    /// A table that is there only because its huge page must not be executable is zapped after a while: if the guest does
+    /// not execute there any more, the page comes back huge.
+    pub fn nx_recovery_turn(&self, kvm: &Kvm) -> bool {
+        let Some(recovery) = param::nx_recovery() else {
+            return false;
+        };
+        if kvm.nx_wait(recovery.period_ms) {
+            return true;
+        }
+        let candidates = self.tdp.nx_candidates();
+        let budget = candidates
+            .wrapping_add(u64::from(recovery.ratio).wrapping_sub(1))
+            .checked_div(recovery.ratio.into())
+            .unwrap_or(0);
+        kvm.with_srcu(|| {
+            let mut lock = kvm.read_lock();
+            self.tdp
+                .recover_nx(&self.host(), lock.token(), budget, |gfn, smm| {
+                    kvm.gfn_dirty_tracked(smm, gfn.0)
+                });
+        });
+        kvm.nx_done();
+        true
+    }
+
     /// Maps huge pages again where slot and host allow it; `kvm_mmu_recover_huge_pages()`.
     pub fn recover_huge(&self, kvm: &Kvm, slot: &Slot) {
         let host = self.host();

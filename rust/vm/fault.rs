@@ -255,6 +255,10 @@ impl Vm {
 
     /// Handles a fault; `level` is where the frame is mapped in the end.
     fn handle(&self, vcpu: &Vcpu, access: &Access, level: &mut Level) -> Result<Handled> {
+        if !param::tdp_mmu() {
+            // The key is fixed while VMs of ours exist, and none is taken without it: the legacy MMU's place.
+            return Err(crate::kvm::not_supported());
+        }
         let slot = vcpu.slot(access.gfn);
         if let Some(slot) = slot {
             let tracked = access.write && access.has(pferr::PRESENT) && !access.has(pferr::RSVD);
