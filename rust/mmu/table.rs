@@ -27,7 +27,7 @@ pub type Entries = [AtomicU64; ENTRIES];
 /// What of a header the engine may use.
 const HEADER_SIZE: usize = 168;
 /// Where KVM's vendor module expects `has_mapped_host_mmio`.
-const HOST_MMIO_OFFSET: usize = 68;
+pub const HOST_MMIO_OFFSET: usize = 68;
 
 /// The header of a table.
 #[repr(C)]

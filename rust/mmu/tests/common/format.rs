@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The formats KVM uses, on a machine with 46 bits of physical address.
+
+use rmmu_engine::mmu::{types::ACC_ALL, Gfn, Level, Role, SpteFormat};
+
+const ADDR: u64 = ((1 << 52) - 1) & !0xfff;
+const HIGH: u64 = ((1 << 52) - 1) & !((1 << 46) - 1);
+
+const fn bits(from: u32, to: u32) -> u64 {
+    (u64::MAX >> (63 - to)) & (u64::MAX << from)
+}
+
+/// Nested page tables of AMD.
+pub fn npt() -> SpteFormat {
+    SpteFormat {
+        present: 1,
+        accessed: 1 << 5,
+        dirty: 1 << 6,
+        nx: 1 << 63,
+        user: 1 << 2,
+        xs: 0,
+        xu: 0,
+        acc_track: 0,
+        host_writable: 1 << 9,
+        mmu_writable: 1 << 10,
+        me_value: 0,
+        me_mask: 0,
+        mmio_value: 1 << 51 | 1,
+        mmio_mask: 1 << 51 | 1,
+        mmio_access_mask: 0b110,
+        nonpresent_or_rsvd: 0,
+        nonpresent_or_rsvd_lower_gfn: bits(12, 45),
+        base_addr_mask: ADDR,
+        rsvd: [
+            [HIGH, HIGH, HIGH, HIGH | bits(7, 8), HIGH | bits(7, 8)],
+            [
+                HIGH,
+                HIGH | bits(13, 20),
+                HIGH | bits(13, 29),
+                HIGH | bits(7, 8),
+                HIGH | bits(7, 8),
+            ],
+        ],
+        bad_mt_xwr: 0,
+        ad_enabled: true,
+        mmio_caching: true,
+        pml: false,
+        max_gfn: Gfn((1 << 34) - 1),
+    }
+}
+
+/// Extended page tables of Intel, with or without accessed and dirty bits.
+pub fn ept(ad_enabled: bool) -> SpteFormat {
+    SpteFormat {
+        present: 1 << 63,
+        accessed: 1 << 8,
+        dirty: 1 << 9,
+        nx: 0,
+        user: 0,
+        xs: 1 << 2,
+        xu: 1 << 10,
+        acc_track: 0b111 | 1 << 10,
+        host_writable: 1 << 53,
+        mmu_writable: 1 << 55,
+        me_value: 0,
+        me_mask: 0,
+        mmio_value: 0b110,
+        mmio_mask: 0b111 | 1 << 63,
+        mmio_access_mask: 0,
+        nonpresent_or_rsvd: bits(41, 45),
+        nonpresent_or_rsvd_lower_gfn: bits(12, 40),
+        base_addr_mask: ADDR,
+        rsvd: [
+            [
+                HIGH,
+                HIGH | bits(3, 6),
+                HIGH | bits(3, 6),
+                HIGH | bits(3, 7),
+                HIGH | bits(3, 7),
+            ],
+            [
+                HIGH,
+                HIGH | bits(12, 20),
+                HIGH | bits(12, 29),
+                HIGH | bits(3, 7),
+                HIGH | bits(3, 7),
+            ],
+        ],
+        // Memory types 2, 3 and 7 do not exist, nor write without read, nor
+        // execute without read.
+        bad_mt_xwr: 0xff << 16
+            | 0xff << 24
+            | 0xff << 56
+            | 0x0404_0404_0404_0404
+            | 0x4040_4040_4040_4040
+            | 0x1010_1010_1010_1010,
+        ad_enabled,
+        mmio_caching: true,
+        pml: false,
+        max_gfn: Gfn((1 << 34) - 1),
+    }
+}
+
+/// The role of a four-level root for this format.
+pub fn root_role(format: &SpteFormat, smm: bool) -> Role {
+    Role {
+        word: 0x784 | u32::from(smm) << 24,
+        level: Level::L512G,
+        smm,
+        guest_mode: false,
+        ad_disabled: !format.ad_enabled,
+        access: ACC_ALL,
+    }
+}
+
+/// The memory type of RAM in entries of this format.
+pub fn write_back(format: &SpteFormat) -> u64 {
+    if format.xs != 0 {
+        6 << 3 | 1 << 6
+    } else {
+        0
+    }
+}
