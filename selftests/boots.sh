@@ -15,8 +15,7 @@ boot() {
 		guest_stop
 		return 1
 	}
-	vm=$(guest_vm_name)
-	owner=$(cat "$RMMU_DEBUG/vms/$vm/owner")
+	owner=$(cat "$(guest_rmmu_dir)/owner")
 	guest_stop
 	note "$(grep -E 'user space|workload' /tmp/guest.log | tr '\n' ' ')"
 	grep "wrong data" /tmp/guest.log && return 1

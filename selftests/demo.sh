@@ -18,22 +18,25 @@ table_kib() {
 
 # A statistic of the VM, summed over its vCPUs where it is theirs.
 kvm_stat() {
-	cat "/sys/kernel/debug/kvm/$vm/$1" /sys/kernel/debug/kvm/"$vm"/vcpu*/"$1" 2>/dev/null |
+	cat "$kvm_dir/$1" "$kvm_dir"/vcpu*/"$1" 2>/dev/null |
 		awk '{ sum += $1 } END { print sum + 0 }'
 }
 
 look() {
-	vm=$(guest_vm_name)
-	[ -n "$vm" ] || return 1
-	echo "$who owner $(cat "$RMMU_DEBUG/vms/$vm/owner" 2>/dev/null || echo in-tree)"
+	kvm_dir=$(guest_kvm_dir)
+	rmmu_dir=$(guest_rmmu_dir)
+	[ -d "$kvm_dir" ] || return 1
+	# rmmu shows its own VMs only.
+	if [ -n "$rmmu_dir" ]; then
+		echo "$who owner $(cat "$rmmu_dir/owner")"
+		sed "s/^/$who dump /" "$rmmu_dir/page_table"
+	else
+		echo "$who owner in-tree"
+	fi
 	for name in pf_taken pf_fixed pf_fast pf_spurious pf_emulate pages_4k pages_2m pages_1g mmu_cache_miss; do
 		echo "$who $name $(kvm_stat $name)"
 	done
 	echo "$who tables $(($(table_kib) / 4))"
-	# rmmu shows these for its own VMs only.
-	if [ -d "$RMMU_DEBUG/vms/$vm" ]; then
-		sed "s/^/$who dump /" "$RMMU_DEBUG/vms/$vm/page_table"
-	fi
 }
 
 # The page tables of a VM are freed some time after its end.

@@ -18,20 +18,9 @@ fails() {
 	! "$@" 2> /tmp/error
 }
 
-# A line that rmmu printed since the mark and that has all these words; it is shown.
+# rmmu printed a line with this text since the mark; it is shown.
 said() {
-	dmesg | sed '1,/errors.sh: mark/d' | grep rmmu > /tmp/said
-	for word in "$@"; do
-		grep -iE "$word" /tmp/said > /tmp/said.next
-		mv /tmp/said.next /tmp/said
-	done
-	sed 's/^/# message: /' /tmp/said | head -n 3
-	[ -s /tmp/said ]
-}
-
-mark() {
-	dmesg -c > /dev/null
-	echo "errors.sh: mark" > /dev/kmsg
+	messages | grep "$1" | sed 's/^/# message: /' | grep .
 }
 
 before_kvm() {
@@ -75,13 +64,13 @@ plan 19
 rmmu_loaded || rmmu_load || bail "kvm_rmmu.ko does not load"
 baseline=$(diverted_functions)
 
-mark
+mark_messages
 check "loaded before kvm, rmmu serves as soon as kvm comes" before_kvm
 recover
 check "kvm can be unloaded and loaded again under rmmu, and is served again" kvm_reload
 recover
 
-mark
+mark_messages
 check "a VM of rmmu's is running" hold_vm
 check "unloading rmmu under it is refused" fails rmmu_unload
 note "rmmod says: $(cat /tmp/error)"
@@ -95,7 +84,7 @@ check "then nothing of it is left" rmmu_idle
 check "and rmmu unloads" rmmu_unload
 check "no function is diverted then" [ -z "$(diverted_functions)" ]
 
-mark
+mark_messages
 insmod /selftests/modules/direct_user.ko function=kvm_mmu_page_fault || bail "the other user does not load"
 theirs=$(diverted_functions)
 check "with another user on one function, loading fails" fails rmmu_load

@@ -30,9 +30,13 @@ guest_stop() {
 	:
 }
 
-# Where KVM and rmmu show the guest: PID-FD below their debugfs directories.
-guest_vm_name() {
-	for dir in /sys/kernel/debug/kvm/"$guest_pid"-*; do
-		[ -d "$dir" ] && basename "$dir"
+# KVM's debugfs directory of the guest, and rmmu's (empty when it does not own the VM).
+guest_kvm_dir() {
+	echo /sys/kernel/debug/kvm/"$guest_pid"-*
+}
+
+guest_rmmu_dir() {
+	for dir in /sys/kernel/debug/rmmu/vms/"$guest_pid"-*; do
+		[ -d "$dir" ] && echo "$dir"
 	done
 }

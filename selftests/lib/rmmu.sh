@@ -24,10 +24,10 @@ rmmu_stat() {
 	sed -n "s/^$1 //p" "$RMMU_DEBUG/stats" 2>/dev/null
 }
 
-# Wait, 10 s at most, until rmmu holds no VM, no root and no page-table page any more.
+# Wait, 10 s at most, until rmmu holds no VM and no page-table page any more.
 rmmu_idle() {
 	tries=100
-	while [ "$(rmmu_stat vms_owned) $(rmmu_stat table_pages) $(rmmu_stat roots)" != "0 0 0" ]; do
+	while [ "$(rmmu_stat vms_owned) $(rmmu_stat table_pages)" != "0 0" ]; do
 		tries=$((tries - 1))
 		[ $tries -gt 0 ] || return 1
 		usleep 100000
@@ -49,4 +49,13 @@ kvm_load() {
 # The functions that ftrace diverts, by whoever: to see whether somebody left something behind.
 diverted_functions() {
 	cut -d' ' -f1 /sys/kernel/tracing/enabled_functions | sort
+}
+
+# rmmu's messages since the last mark. The log is not cleared: the harness reads it, too.
+mark_messages() {
+	echo "rmmu-test: mark" > /dev/kmsg
+}
+
+messages() {
+	dmesg | awk '/rmmu-test: mark/ { text = ""; next } /rmmu: / { text = text $0 "\n" } END { printf "%s", text }'
 }
