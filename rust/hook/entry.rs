@@ -7,6 +7,8 @@
 
 // C structs without members (locks without lockdep) are only ever pointed at.
 #![allow(improper_ctypes_definitions)]
+// The handlers' macros take every result type, `()` included.
+#![allow(clippy::unused_unit)]
 
 use crate::{
     kvm::{bindings::*, calls::orig, Kvm, Mmu, RootSet, Slot, Vcpu},
@@ -42,7 +44,8 @@ macro_rules! vm_handlers {
         #[no_mangle]
         unsafe extern "C" fn $name(kvm: *mut kvm $(, $arg: $ty)*) -> $ret {
             // SAFETY: the stub checked the owner, and KVM's callers hold the VM.
-            let ($kvm, Some($vm)) = (unsafe { owned(kvm) }) else { return $default };
+            let found = unsafe { owned(kvm) };
+            let ($kvm, Some($vm)) = found else { return $default };
             let _ = &$kvm;
             $body
         }
@@ -62,7 +65,8 @@ macro_rules! vcpu_handlers {
             // SAFETY: KVM calls with a vCPU that this thread holds.
             let $vcpu = unsafe { Vcpu::from_raw(vcpu) };
             // SAFETY: the stub checked the owner.
-            let (_, Some($vm)) = (unsafe { owned($vcpu.kvm().as_ptr()) }) else { return $default };
+            let found = unsafe { owned($vcpu.kvm().as_ptr()) };
+            let (_, Some($vm)) = found else { return $default };
             $body
         }
     )*};

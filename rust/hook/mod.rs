@@ -191,7 +191,7 @@ fn reset_ops() {
     // SAFETY: not registered now; `STATE` is locked, or the module is being loaded.
     unsafe {
         ptr::write_bytes(ops, 0, 1);
-        (*ops).flags = bindings::FTRACE_OPS_FL_PERMANENT as _;
+        (*ops).flags = bindings::FTRACE_OPS_FL_PERMANENT as usize;
     }
 }
 
@@ -272,11 +272,7 @@ pub fn init() -> Result {
     symbols::init()?;
     let notifier = NOTIFIER.0.get().cast::<bindings::notifier_block>();
     // SAFETY: not registered yet.
-    unsafe {
-        (*notifier).notifier_call = Some(core::mem::transmute::<*const c_void, _>(
-            module_event as *const c_void,
-        ))
-    };
+    unsafe { (*notifier).notifier_call = Some(module_event) };
     // SAFETY: lives until `exit` takes it out.
     to_result(unsafe { bindings::register_module_notifier(notifier) })?;
     let attach_now = || match symbols::lookup_kvm(c"kvm_mmu_page_fault")? {

@@ -57,7 +57,7 @@ static LAYOUTS: &[Layout] = layouts! {
     }
     kvm_arch {
         indirect_shadow_pages, mmu_valid_gen, vm_type, pre_fault_allowed, active_mmu_pages, shadow_mmio_value,
-        tdp_mmu_roots, tdp_mmu_pages_lock, disable_nx_huge_pages, cpu_dirty_log_size,
+        tdp_mmu_roots, tdp_mmu_pages_lock, disable_nx_huge_pages, nx_huge_page_last, cpu_dirty_log_size,
     }
     kvm_vm_stat { mmu_shadow_zapped, mmu_shadow_pages, nx_lpage_splits, __bindgen_anon_1.pages }
     kvm_vcpu { kvm, vcpu_id, requests, stat, arch }
@@ -92,7 +92,9 @@ impl Loaded {
     fn of_kvm() -> Result<Self> {
         let mut found = core::ptr::null_mut();
         // SAFETY: the name is a string; on success `found` is a BTF with a reference that is ours.
-        let id = unsafe { bpf_find_btf_id(KVM_FUNCTION.as_ptr(), BTF_KIND_FUNC, &mut found) };
+        let id = unsafe {
+            bpf_find_btf_id(KVM_FUNCTION.as_char_ptr().cast(), BTF_KIND_FUNC, &mut found)
+        };
         match NonNull::new(found) {
             Some(btf) if id > 0 => Ok(Self(btf)),
             _ => {

@@ -4,6 +4,11 @@
 
 #![allow(
     clippy::all,
+    clippy::cast_lossless,
+    clippy::ptr_as_ptr,
+    clippy::ref_as_ptr,
+    clippy::undocumented_unsafe_blocks,
+    clippy::as_underscore,
     dead_code,
     missing_docs,
     non_camel_case_types,

@@ -53,12 +53,12 @@ impl HostPage {
     pub fn fault_in(slot: &Slot, gfn: Gfn, how: Lookup) -> Result<HostPage, NoPage> {
         let mut flags = 0;
         if how.write {
-            flags |= bindings::FOLL_WRITE as u32;
+            flags |= bindings::FOLL_WRITE;
         }
         flags |= if how.nowait {
-            bindings::FOLL_NOWAIT as u32
+            bindings::FOLL_NOWAIT
         } else {
-            bindings::FOLL_INTERRUPTIBLE as u32
+            bindings::FOLL_INTERRUPTIBLE
         };
         let mut writable = false;
         let mut page = ptr::null_mut();

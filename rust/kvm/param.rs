@@ -79,6 +79,16 @@ pub fn nx_huge_pages() -> bool {
     !variable.is_null() && unsafe { variable.read_volatile() } != 0
 }
 
+/// Reads an unsigned parameter of kvm.ko; 0 before it is bound.
+fn parameter(variable: &AtomicPtr<u32>) -> u32 {
+    let variable = variable.load(Ordering::Relaxed);
+    if variable.is_null() {
+        return 0;
+    }
+    // SAFETY: bound before any VM is ours, and kvm.ko stays while one is.
+    unsafe { variable.read_volatile() }
+}
+
 /// How kvm's parameters want NX splits to be recovered.
 pub struct NxRecovery {
     /// One in so many candidates a round.
@@ -91,20 +101,11 @@ pub struct NxRecovery {
 pub fn nx_recovery() -> Option<NxRecovery> {
     /// A period of 0 lets every candidate have its turn within an hour.
     const HOUR_MS: u32 = 60 * 60 * 1000;
-    let read = |variable: &AtomicPtr<u32>| {
-        let variable = variable.load(Ordering::Relaxed);
-        // SAFETY: bound before any VM is ours, and kvm.ko stays while one is.
-        if variable.is_null() {
-            0
-        } else {
-            unsafe { variable.read_volatile() }
-        }
-    };
-    let ratio = read(&NX_RECOVERY_RATIO);
+    let ratio = parameter(&NX_RECOVERY_RATIO);
     if !nx_huge_pages() || ratio == 0 {
         return None;
     }
-    let period_ms = match read(&NX_RECOVERY_PERIOD) {
+    let period_ms = match parameter(&NX_RECOVERY_PERIOD) {
         0 => HOUR_MS.checked_div(ratio.min(3600))?,
         period => period,
     };

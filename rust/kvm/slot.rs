@@ -45,13 +45,13 @@ impl Slot {
     pub fn invalid(&self) -> bool {
         // SAFETY: the slot lives; a word that is read once.
         let flags = unsafe { core::ptr::read_volatile(&raw const (*self.as_ptr()).flags) };
-        flags & bindings::KVM_MEMSLOT_INVALID as u32 != 0
+        flags & bindings::KVM_MEMSLOT_INVALID != 0
     }
 
     /// Whether the guest may only read.
     pub fn read_only(&self) -> bool {
         // SAFETY: the slot lives.
-        unsafe { (*self.as_ptr()).flags & bindings::KVM_MEM_READONLY as u32 != 0 }
+        unsafe { (*self.as_ptr()).flags & bindings::KVM_MEM_READONLY != 0 }
     }
 
     /// Whether the slot is KVM's own page for the APIC.

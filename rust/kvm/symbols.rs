@@ -23,7 +23,7 @@ pub fn core_functions() -> &'static [Function] {
     unsafe {
         core::slice::from_raw_parts(
             (&raw const bindings::rmmu_core).cast(),
-            bindings::rmmu_core_len as usize,
+            bindings::rmmu_core_len,
         )
     }
 }
@@ -34,7 +34,7 @@ pub fn entries() -> &'static [Function] {
     unsafe {
         core::slice::from_raw_parts(
             (&raw const bindings::rmmu_entries).cast(),
-            bindings::rmmu_entries_len as usize,
+            bindings::rmmu_entries_len,
         )
     }
 }
@@ -45,7 +45,7 @@ pub fn callees() -> &'static [Function] {
     unsafe {
         core::slice::from_raw_parts(
             (&raw const bindings::rmmu_callees).cast(),
-            bindings::rmmu_callees_len as usize,
+            bindings::rmmu_callees_len,
         )
     }
 }
@@ -108,7 +108,7 @@ pub unsafe fn read_kvm<T: Copy>(name: &CStr) -> Result<T> {
 pub fn init() -> Result {
     // SAFETY: all zeroes is a kprobe that asks for nothing.
     let mut probe: KBox<bindings::kprobe> = KBox::new(unsafe { core::mem::zeroed() }, GFP_KERNEL)?;
-    probe.symbol_name = c"kallsyms_lookup_name".as_ptr().cast();
+    probe.symbol_name = c"kallsyms_lookup_name".as_char_ptr().cast();
     // SAFETY: the probe has no handler and stays in place until it is taken out below.
     to_result(unsafe { bindings::register_kprobe(&mut *probe) }).inspect_err(|error| {
         pr_err!("a kprobe on kallsyms_lookup_name is refused ({:?}): kprobes must not be disabled or locked down\n", error);

@@ -339,7 +339,7 @@ impl Vcpu {
             let mut arch = bindings::kvm_arch_async_pf {
                 token: ((*id) << 12) | (*vcpu).vcpu_id as u32,
                 gfn: gfn.0,
-                cr3: u64::MAX as _,
+                cr3: usize::MAX,
                 direct_map: true,
                 error_code,
             };

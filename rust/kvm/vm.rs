@@ -104,7 +104,7 @@ impl Kvm {
     /// The type userspace asked for (`KVM_X86_*_VM`).
     pub fn vm_type(&self) -> u32 {
         // SAFETY: set when the VM is created, constant afterwards.
-        unsafe { (*self.as_ptr()).arch.vm_type as u32 }
+        unsafe { (*self.as_ptr()).arch.vm_type.into() }
     }
 
     /// The value of MMIO entries of this VM.
@@ -170,13 +170,13 @@ impl Kvm {
     /// Whether an invalidation touches `gfn` now or has ended since `seq`; a hint, to save work.
     pub fn invalidate_retry_hint(&self, seq: usize, gfn: u64) -> bool {
         // SAFETY: the VM lives.
-        unsafe { bindings::rmmu_invalidate_retry_unsafe(self.as_ptr(), seq as _, gfn) }
+        unsafe { bindings::rmmu_invalidate_retry_unsafe(self.as_ptr(), seq, gfn) }
     }
 
     /// The same, exactly: `mmu_lock` is held, so that no invalidation begins or ends meanwhile.
     pub fn invalidate_retry(&self, _lock: &ReadGuard<'_>, seq: usize, gfn: u64) -> bool {
         // SAFETY: the VM lives and the lock is held.
-        unsafe { bindings::rmmu_invalidate_retry(self.as_ptr(), seq as _, gfn) }
+        unsafe { bindings::rmmu_invalidate_retry(self.as_ptr(), seq, gfn) }
     }
 
     /// Runs `f`, which changes mappings of `[start, end)`, so that faults that race with it retry.
@@ -314,7 +314,7 @@ impl Kvm {
     /// A broken invariant: warns once, and the VM runs no more.
     pub fn bug(&self, what: &'static CStr) {
         // SAFETY: the VM lives.
-        unsafe { bindings::rmmu_vm_bug(self.as_ptr(), what.as_ptr().cast()) }
+        unsafe { bindings::rmmu_vm_bug(self.as_ptr(), what.as_char_ptr().cast()) }
     }
 
     /// Lets every vCPU leave the guest once.

@@ -90,6 +90,11 @@ unsafe fn vm<'a>(vm: *mut c_void) -> &'a Vm {
     unsafe { &*vm.cast() }
 }
 
+/// The file `hooks`.
+///
+/// # Safety
+///
+/// Called by debugfs, with the file's data.
 #[no_mangle]
 unsafe extern "C" fn rmmu_show_hooks(m: *mut bindings::seq_file) {
     // SAFETY: called by debugfs.
@@ -99,6 +104,11 @@ unsafe extern "C" fn rmmu_show_hooks(m: *mut bindings::seq_file) {
     }
 }
 
+/// The file `stats`.
+///
+/// # Safety
+///
+/// Called by debugfs, with the file's data.
 #[no_mangle]
 unsafe extern "C" fn rmmu_show_stats(m: *mut bindings::seq_file) {
     // SAFETY: called by debugfs.
@@ -118,6 +128,11 @@ unsafe extern "C" fn rmmu_show_stats(m: *mut bindings::seq_file) {
     seq_print!(m, "hooks_attached {}\n", u8::from(crate::hook::attached()));
 }
 
+/// The file `owner`.
+///
+/// # Safety
+///
+/// Called by debugfs, with the file's data.
 #[no_mangle]
 unsafe extern "C" fn rmmu_show_owner(m: *mut bindings::seq_file, _vm: *mut c_void) {
     // SAFETY: called by debugfs.
@@ -125,6 +140,11 @@ unsafe extern "C" fn rmmu_show_owner(m: *mut bindings::seq_file, _vm: *mut c_voi
     seq_print!(m, "rmmu\n");
 }
 
+/// The file `pages`.
+///
+/// # Safety
+///
+/// Called by debugfs, with the file's data.
 #[no_mangle]
 unsafe extern "C" fn rmmu_show_pages(m: *mut bindings::seq_file, data: *mut c_void) {
     // SAFETY: called by debugfs.
@@ -134,6 +154,11 @@ unsafe extern "C" fn rmmu_show_pages(m: *mut bindings::seq_file, data: *mut c_vo
     }
 }
 
+/// The file `tables`.
+///
+/// # Safety
+///
+/// Called by debugfs, with the file's data.
 #[no_mangle]
 unsafe extern "C" fn rmmu_show_tables(m: *mut bindings::seq_file, data: *mut c_void) {
     // SAFETY: called by debugfs.
@@ -148,6 +173,11 @@ unsafe extern "C" fn rmmu_show_tables(m: *mut bindings::seq_file, data: *mut c_v
     seq_print!(m, "roots {}\n", roots);
 }
 
+/// The file `faults`.
+///
+/// # Safety
+///
+/// Called by debugfs, with the file's data.
 #[no_mangle]
 unsafe extern "C" fn rmmu_show_faults(m: *mut bindings::seq_file, data: *mut c_void) {
     // SAFETY: called by debugfs.
@@ -242,6 +272,11 @@ fn print_root(m: &SeqFile, vm: &Vm, root: TablePtr) {
     }
 }
 
+/// The file `page_table`.
+///
+/// # Safety
+///
+/// Called by debugfs, with the file's data.
 #[no_mangle]
 unsafe extern "C" fn rmmu_show_page_table(m: *mut bindings::seq_file, data: *mut c_void) {
     // SAFETY: called by debugfs.
