@@ -60,7 +60,18 @@ release_vm() {
 	return $released
 }
 
-plan 19
+# Where TEXT is in FILE, in bytes.
+offset_of() {
+	strings -t d -n 8 "$2" | awk -v text="$1" 'index($0, text) { at = $1; sub(/^ *[0-9]+ /, ""); print at + index($0, text) - 1; exit }'
+}
+
+# A module that believes that struct kvm has its memslots where the kernel has mmu_lock: as if the layout had changed.
+skewed_module() {
+	at=$(offset_of mmu_lock. "$RMMU") && [ -n "$at" ] || return 1
+	cp "$RMMU" /tmp/skewed.ko && printf memslots | dd of=/tmp/skewed.ko bs=1 seek="$at" conv=notrunc 2> /dev/null
+}
+
+plan 23
 rmmu_loaded || rmmu_load || bail "kvm_rmmu.ko does not load"
 baseline=$(diverted_functions)
 
@@ -83,6 +94,13 @@ check "the VM works to its end" release_vm
 check "then nothing of it is left" rmmu_idle
 check "and rmmu unloads" rmmu_unload
 check "no function is diverted then" [ -z "$(diverted_functions)" ]
+
+mark_messages
+check "a module for another layout of struct kvm can be made" skewed_module
+check "it is refused" fails insmod /tmp/skewed.ko
+note "insmod says: $(cat /tmp/error)"
+check "with a message that names the struct and the member" said memslots
+check "and nothing is diverted" [ -z "$(diverted_functions)" ]
 
 mark_messages
 insmod /selftests/modules/direct_user.ko function=kvm_mmu_page_fault || bail "the other user does not load"

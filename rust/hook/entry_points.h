@@ -6,7 +6,7 @@
  *
  * OWNER says where the stub finds the VM whose owner it tests: VCPU (first argument is a vCPU), VM (first argument is the
  * VM), or ANY (always ours: the function that decides who owns a VM). The Rust handler of FUNCTION is rmmu_FUNCTION, in
- * rust/vm/entry.rs. scripts/check-hooks compares this table with what the kernel's objects let others reach.
+ * rust/hook/entry.rs. scripts/check-hooks compares this table with what the kernel's objects let others reach.
  *
  * Included several times, with different definitions of RMMU_HOOK: no include guard.
  */

@@ -213,10 +213,14 @@ fn attach() -> Result {
     reset_ops();
     if let Err(error) = update(&patches, true) {
         explain(&patches, error);
-        return Err(error);
+        // ftrace says EINVAL for a function that is taken.
+        return Err(if error == ENOMEM { error } else { EBUSY });
     }
     pr_info!("hooked {} entry points of kvm.ko\n", patches.len());
     state.patches = Some(patches);
+    if let Ok(Some(reason)) = param::vendor_unsupported() {
+        pr_info!("owns nothing: {}, and there is no legacy MMU yet\n", reason);
+    }
     Ok(())
 }
 

@@ -2,7 +2,7 @@
 /*
  * One stub an entry point, entered by a jump from the function's patched entry with everything as it was at the call.
  *
- * The stub reads the owner mark of the VM (see rust/vm/owner.rs) and goes to the Rust handler if the VM is ours, else on into
+ * The stub reads the owner mark of the VM (see rust/kvm/vm.rs) and goes to the Rust handler if the VM is ours, else on into
  * the function itself, past its patched entry. It touches %rax only, which is dead at the entry of a C function. All jumps are
  * direct, so neither IBT nor return thunks nor call depth tracking see anything of it.
  */

@@ -142,6 +142,16 @@ pub fn unsupported() -> Result<Option<&'static str>> {
     })
 }
 
+/// The same, as soon as it is decided: a vendor module is loaded.
+pub fn vendor_unsupported() -> Result<Option<&'static str>> {
+    let ops = symbols::require_kvm(c"kvm_x86_ops")? as *const bindings::kvm_x86_ops;
+    // SAFETY: kvm.ko's table of operations, all zeroes until a vendor module fills it in.
+    if unsafe { (&raw const (*ops).name).read_volatile() }.is_null() {
+        return Ok(None);
+    }
+    unsupported()
+}
+
 /// Binds the vendor module's operations. Returns whether it matters if a page is a device's: for memory types, memory
 /// encryption, or buffers that must be cleared.
 pub fn bind_vendor() -> Result<bool> {

@@ -5,8 +5,9 @@
 //! # The owner mark
 //!
 //! A VM of ours must be told from others in O(1), without a field of its own in `struct kvm`. Two list heads of in-tree's
-//! MMU stay empty for it, because every function that would add to them is hooked. A walk of an empty list reads `next`
-//! only, which keeps pointing at the head. `prev` is free: `active_mmu_pages.prev` holds the address of
+//! MMU stay empty for it, because every function that would add to them is hooked. A walk of an empty list, and
+//! `list_empty()`, read `next` only, which keeps pointing at the head; the one backward walk that is not preceded by
+//! `list_empty()` is in `__kvm_mmu_zap_all_fast_front_half()`, which is hooked. So `prev` is free: `active_mmu_pages.prev` holds the address of
 //! [`rmmu_owner_mark`], which no list entry ever has, and `tdp_mmu_roots.prev` our own data of the VM. Both are put back
 //! before in-tree code tears the VM down.
 

@@ -283,6 +283,7 @@ unsafe extern "C" fn rmmu_show_page_table(m: *mut bindings::seq_file, data: *mut
     let (m, vm) = unsafe { (seq(m), vm(data)) };
     // References, so that the lock need not be held while the tables are printed.
     let mut roots = [None; 8];
+    let mut left_out = 0u32;
     {
         let mut lock = vm.kvm.read_lock();
         let mut free = roots.iter_mut();
@@ -291,7 +292,10 @@ unsafe extern "C" fn rmmu_show_page_table(m: *mut bindings::seq_file, data: *mut
                 if !invalid && vm.tdp.get_root(root) {
                     match free.next() {
                         Some(place) => *place = Some((root, role)),
-                        None => vm.tdp.put_root(&vm.host(), root),
+                        None => {
+                            left_out = left_out.wrapping_add(1);
+                            vm.tdp.put_root(&vm.host(), root);
+                        }
                     }
                 }
             });
@@ -307,5 +311,8 @@ unsafe extern "C" fn rmmu_show_page_table(m: *mut bindings::seq_file, data: *mut
         print_root(m, vm, root);
         let _lock = vm.kvm.read_lock();
         vm.tdp.put_root(&vm.host(), root);
+    }
+    if left_out != 0 {
+        seq_print!(m, "# {} more roots\n", left_out);
     }
 }

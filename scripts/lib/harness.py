@@ -131,7 +131,7 @@ class Runner:
         deadline = time.monotonic() + SETTLE_SECONDS
         while True:
             now = self._stats()
-            left = {name: now.get(name) for name in ("vms_owned", "table_pages", "roots") if now.get(name, 0)}
+            left = {name: now.get(name) for name in ("vms_owned", "table_pages") if now.get(name, 0)}
             if not left or time.monotonic() > deadline:
                 break
             time.sleep(0.2)
