@@ -14,6 +14,11 @@ served() {
 	[ "$(rmmu_stat vms_owned_total)" -gt "$before" ]
 }
 
+# unowned COMMAND...: it succeeds, and rmmu owned no VM of it.
+unowned() {
+	! served "$@" && [ "$(rmmu_stat vms_owned_total)" = "$before" ] && ! grep -q '^not ok' /tmp/served.log
+}
+
 fails() {
 	! "$@" 2> /tmp/error
 }
@@ -71,7 +76,7 @@ skewed_module() {
 	cp "$RMMU" /tmp/skewed.ko && printf memslots | dd of=/tmp/skewed.ko bs=1 seek="$at" conv=notrunc 2> /dev/null
 }
 
-plan 23
+plan 27
 rmmu_loaded || rmmu_load || bail "kvm_rmmu.ko does not load"
 baseline=$(diverted_functions)
 
@@ -90,8 +95,12 @@ check "switching ftrace off is refused" fails sh -c 'echo 0 > /proc/sys/kernel/f
 note "the shell says: $(cat /tmp/error)"
 check "ftrace is still on" [ "$(cat /proc/sys/kernel/ftrace_enabled)" = 1 ]
 echo 1 > /proc/sys/kernel/ftrace_enabled
+check "switching the TDP MMU off is refused" fails sh -c "echo 0 > $RMMU_SYS/parameters/tdp_mmu"
 check "the VM works to its end" release_vm
 check "then nothing of it is left" rmmu_idle
+check "now the TDP MMU can be switched off" sh -c "echo 0 > $RMMU_SYS/parameters/tdp_mmu"
+check "and a VM is not rmmu's" unowned /selftests/smoke
+check "and on again" sh -c "echo 1 > $RMMU_SYS/parameters/tdp_mmu"
 check "and rmmu unloads" rmmu_unload
 check "no function is diverted then" [ -z "$(diverted_functions)" ]
 
