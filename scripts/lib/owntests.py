@@ -16,12 +16,18 @@ IN_GUEST = "/selftests"
 def ensure(environment):
     """The directory that holds programs and scripts, laid out as the guest sees it below /selftests."""
     kernel, root = environment.kernel, environment.root_handle
-    sources = sorted(path for path in SOURCE.rglob("*") if path.is_file() and "expected" not in path.parts)
+    sources = sorted(path for path in SOURCE.rglob("*") if path.is_file() and _is_built(path))
     return cache.keyed(
         "selftests-own", kernel.key, root.key, [str(path.relative_to(SOURCE)) for path in sources],
         cache.file_key(*sources, Path(intree.__file__)),
         build=lambda directory: _build(directory, environment),
     )
+
+
+def _is_built(path):
+    """Whether a file goes into the VM, or into what goes there."""
+    below = path.relative_to(SOURCE).parts
+    return below[0] not in ("expected", "guest", list_path().name, "upstream.list")
 
 
 def _build(directory, environment):
