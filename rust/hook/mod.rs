@@ -296,6 +296,7 @@ pub fn init() -> Result {
 pub fn exit() {
     // SAFETY: registered by `init`.
     unsafe { bindings::unregister_module_notifier(NOTIFIER.0.get().cast()) };
+    vm::wait_for_visits();
     detach();
     vm::wait_for_teardown();
 }

@@ -133,6 +133,41 @@ impl Drop for ModuleReference {
     }
 }
 
+/// Handlers that run for VMs of no owner yet, while the module is being unloaded.
+static LATE_VISITS: AtomicU64 = AtomicU64::new(0);
+
+/// Keeps the module's text in place while a handler runs that may sleep and has no VM of ours to do that.
+///
+/// Taking the hooks out waits for tasks that are in a handler, unless they sleep. So the handler holds a reference on the
+/// module; when the module is on its way out already, it is counted, and [`wait_for_visits`] waits before the hooks go.
+pub struct Visit(Option<ModuleReference>);
+
+impl Visit {
+    /// The handler begins. It has not slept yet.
+    pub fn begin() -> Visit {
+        let reference = ModuleReference::get().ok();
+        if reference.is_none() {
+            LATE_VISITS.fetch_add(1, Ordering::AcqRel);
+        }
+        Visit(reference)
+    }
+}
+
+impl Drop for Visit {
+    fn drop(&mut self) {
+        if self.0.is_none() {
+            LATE_VISITS.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+}
+
+/// Waits until no handler sleeps in module text without a reference. The hooks are still in place.
+pub fn wait_for_visits() {
+    while LATE_VISITS.load(Ordering::Acquire) != 0 {
+        kernel::time::delay::fsleep(kernel::time::Delta::from_millis(1));
+    }
+}
+
 fn take(kvm: &Kvm) -> Result {
     let _ownership = OWNERSHIP.lock();
     // The key may have been switched before the lock was taken.
