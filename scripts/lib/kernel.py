@@ -223,11 +223,30 @@ def build_module(root, kernel):
     return product
 
 
+def clippy_module(root, kernel):
+    """The kernel's own clippy on the module's crate; anything it says is an error."""
+    build = OUT / f"clippy-{kernel.release}"
+    log = OUT / "logs" / f"clippy-{kernel.release}.log"
+    with cache.locked(OUT / f"clippy-{kernel.release}.lock", "clippy"):
+        with ui.step("clippy: checking the module", log=log) as step:
+            # clippy says nothing of a crate that it has checked already.
+            cache.remove_tree(build)
+            build.mkdir(parents=True)
+            _make(root, kernel, build, step, "CLIPPY=1", "rust/kvm_rmmu.o")
+            warnings = find_warnings(log.read_text(errors="replace"))
+            if warnings:
+                raise ui.Error(f"clippy has something to say, see {log}:\n  " + "\n  ".join(warnings[:20]))
+
+
+def _make(root, kernel, build, step, *targets):
+    root.run(["make", "-C", kernel.tree, f"M={buildroot.PROJECT}", f"MO={build}", f"CC={kernel.cc}",
+              f"KERNELRELEASE={kernel.release}", "-j", ui.jobs(), *targets],
+             binds=[] if kernel.modules_dir else [kernel.tree], log=step)
+
+
 def _make_module(root, kernel, build, step, had_warnings):
     try:
-        root.run(["make", "-C", kernel.tree, f"M={buildroot.PROJECT}", f"MO={build}", f"CC={kernel.cc}",
-                  f"KERNELRELEASE={kernel.release}", "-j", ui.jobs(), "modules"],
-                 binds=[] if kernel.modules_dir else [kernel.tree], log=step)
+        _make(root, kernel, build, step, "modules")
     finally:
         warnings = find_warnings(step.log.read_text(errors="replace"))
         if warnings:
