@@ -41,31 +41,44 @@ pub fn own_new_vms() -> bool {
     unsafe { (&raw const bindings::rmmu_own_new_vms).read_volatile() }
 }
 
-/// Where kvm.ko keeps what can change while it runs.
-static NX_HUGE_PAGES: AtomicPtr<i32> = AtomicPtr::new(core::ptr::null_mut());
-static EAGER_PAGE_SPLIT: AtomicPtr<bool> = AtomicPtr::new(core::ptr::null_mut());
-static NX_RECOVERY_RATIO: AtomicPtr<u32> = AtomicPtr::new(core::ptr::null_mut());
-static NX_RECOVERY_PERIOD: AtomicPtr<u32> = AtomicPtr::new(core::ptr::null_mut());
+/// A variable of kvm.ko that can change while it runs.
+struct Variable<T>(AtomicPtr<T>);
+
+impl<T: Copy + Default> Variable<T> {
+    const fn new() -> Self {
+        Variable(AtomicPtr::new(core::ptr::null_mut()))
+    }
+
+    /// Looks it up; `T` is its type in kvm.ko.
+    fn bind(&self, name: &kernel::str::CStr) -> Result {
+        self.0
+            .store(symbols::require_kvm(name)? as *mut T, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Its value now; 0 before it is bound.
+    fn read(&self) -> T {
+        let variable = self.0.load(Ordering::Relaxed);
+        if variable.is_null() {
+            return T::default();
+        }
+        // SAFETY: bound before any VM is ours, and kvm.ko stays while one is.
+        unsafe { variable.read_volatile() }
+    }
+}
+
+static NX_HUGE_PAGES: Variable<i32> = Variable::new();
+static EAGER_PAGE_SPLIT: Variable<bool> = Variable::new();
+static NX_RECOVERY_RATIO: Variable<u32> = Variable::new();
+static NX_RECOVERY_PERIOD: Variable<u32> = Variable::new();
 static MAX_HUGE_LEVEL: AtomicUsize = AtomicUsize::new(1);
 
 /// Looks the variables up; kvm.ko is there.
 pub fn bind() -> Result {
-    NX_HUGE_PAGES.store(
-        symbols::require_kvm(c"nx_huge_pages")? as *mut i32,
-        Ordering::Relaxed,
-    );
-    EAGER_PAGE_SPLIT.store(
-        symbols::require_kvm(c"eager_page_split")? as *mut bool,
-        Ordering::Relaxed,
-    );
-    NX_RECOVERY_RATIO.store(
-        symbols::require_kvm(c"nx_huge_pages_recovery_ratio")? as *mut u32,
-        Ordering::Relaxed,
-    );
-    NX_RECOVERY_PERIOD.store(
-        symbols::require_kvm(c"nx_huge_pages_recovery_period_ms")? as *mut u32,
-        Ordering::Relaxed,
-    );
+    NX_HUGE_PAGES.bind(c"nx_huge_pages")?;
+    EAGER_PAGE_SPLIT.bind(c"eager_page_split")?;
+    NX_RECOVERY_RATIO.bind(c"nx_huge_pages_recovery_ratio")?;
+    NX_RECOVERY_PERIOD.bind(c"nx_huge_pages_recovery_period_ms")?;
     let cache = symbols::require_kvm(c"mmu_page_header_cache")?;
     // SAFETY: the address of kvm.ko's `struct kmem_cache *`, which is used only while a VM of ours, and so kvm.ko, lives.
     unsafe { bindings::rmmu_set_header_cache(cache as *mut *mut bindings::kmem_cache) };
@@ -74,19 +87,7 @@ pub fn bind() -> Result {
 
 /// kvm's `nx_huge_pages`.
 pub fn nx_huge_pages() -> bool {
-    let variable = NX_HUGE_PAGES.load(Ordering::Relaxed);
-    // SAFETY: bound before any VM is ours, and kvm.ko stays while one is.
-    !variable.is_null() && unsafe { variable.read_volatile() } != 0
-}
-
-/// Reads an unsigned parameter of kvm.ko; 0 before it is bound.
-fn parameter(variable: &AtomicPtr<u32>) -> u32 {
-    let variable = variable.load(Ordering::Relaxed);
-    if variable.is_null() {
-        return 0;
-    }
-    // SAFETY: bound before any VM is ours, and kvm.ko stays while one is.
-    unsafe { variable.read_volatile() }
+    NX_HUGE_PAGES.read() != 0
 }
 
 /// How kvm's parameters want NX splits to be recovered.
@@ -101,11 +102,11 @@ pub struct NxRecovery {
 pub fn nx_recovery() -> Option<NxRecovery> {
     /// A period of 0 lets every candidate have its turn within an hour.
     const HOUR_MS: u32 = 60 * 60 * 1000;
-    let ratio = parameter(&NX_RECOVERY_RATIO);
+    let ratio = NX_RECOVERY_RATIO.read();
     if !nx_huge_pages() || ratio == 0 {
         return None;
     }
-    let period_ms = match parameter(&NX_RECOVERY_PERIOD) {
+    let period_ms = match NX_RECOVERY_PERIOD.read() {
         0 => HOUR_MS.checked_div(ratio.min(3600))?,
         period => period,
     };
@@ -114,9 +115,7 @@ pub fn nx_recovery() -> Option<NxRecovery> {
 
 /// kvm's `eager_page_split`.
 pub fn eager_page_split() -> bool {
-    let variable = EAGER_PAGE_SPLIT.load(Ordering::Relaxed);
-    // SAFETY: as above.
-    !variable.is_null() && unsafe { variable.read_volatile() }
+    EAGER_PAGE_SPLIT.read()
 }
 
 /// The highest level that the hardware maps.
