@@ -232,13 +232,13 @@ def clippy_module(root, kernel):
             # clippy says nothing of a crate that it has checked already.
             cache.remove_tree(build)
             build.mkdir(parents=True)
-            _make(root, kernel, build, step, "CLIPPY=1", "rust/kvm_rmmu.o")
+            _kbuild(root, kernel, build, step, "CLIPPY=1", "rust/kvm_rmmu.o")
             warnings = find_warnings(log.read_text(errors="replace"))
             if warnings:
                 raise ui.Error(f"clippy has something to say, see {log}:\n  " + "\n  ".join(warnings[:20]))
 
 
-def _make(root, kernel, build, step, *targets):
+def _kbuild(root, kernel, build, step, *targets):
     root.run(["make", "-C", kernel.tree, f"M={buildroot.PROJECT}", f"MO={build}", f"CC={kernel.cc}",
               f"KERNELRELEASE={kernel.release}", "-j", ui.jobs(), *targets],
              binds=[] if kernel.modules_dir else [kernel.tree], log=step)
@@ -246,7 +246,7 @@ def _make(root, kernel, build, step, *targets):
 
 def _make_module(root, kernel, build, step, had_warnings):
     try:
-        _make(root, kernel, build, step, "modules")
+        _kbuild(root, kernel, build, step, "modules")
     finally:
         warnings = find_warnings(step.log.read_text(errors="replace"))
         if warnings:
