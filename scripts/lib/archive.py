@@ -221,7 +221,7 @@ def _kernels(apt):
     """The suite's stock kernels, newest first, that have headers and source of the very same version."""
     pattern = re.compile(rf"linux-image-(\d.*-{ARCHITECTURE})")
     releases = [match[1] for name in apt.names("linux-image-") if (match := pattern.fullmatch(name))
-                and not re.search(rf"-(rt|cloud|dbg|unsigned)-", match[1])]
+                and not re.search(r"-(rt|cloud|dbg|unsigned)-", match[1])]
     images = apt.show([f"linux-image-{release}" for release in releases])
     kernels = []
     for release in releases:
