@@ -13,9 +13,11 @@
 //! - [`role`], [`table`]: a table page and its header
 //! - [`sync`], [`host`]: locks, deferred flushes, the outside world
 //! - [`tdp`]: the two-dimensional-paging MMU
+//! - [`shadow`]: the legacy MMU
 
 pub mod host;
 pub mod role;
+pub mod shadow;
 pub mod spte;
 pub mod sync;
 pub mod table;

@@ -1,0 +1,309 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The walk.
+
+use super::{
+    fault::{ept_violation, error_code},
+    format::GuestFormat,
+    tables::protect_clean,
+    ErrorCode, Exchange, GuestContext, GuestFault, GuestMemory,
+};
+use crate::mmu::types::{Gfn, Level, ACC_ALL, ACC_EXEC, ACC_USER, ACC_WRITE, PAGE_SHIFT};
+
+/// How often the tables are read again because an entry changed under the walk. A
+/// guest can make that happen for ever; its vCPU then faults again.
+const TRIES: u32 = 8;
+
+/// A table on the way of a walk, and the entry that was used.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct GuestTable {
+    /// The frame of the table.
+    pub gfn: Gfn,
+    /// Where the entry is.
+    pub entry_gpa: u64,
+    /// The entry, with the accessed and dirty bits that the walk has set.
+    pub entry: u64,
+    /// What all entries above allow, as `ACC_` bits.
+    pub access: u8,
+}
+
+impl GuestTable {
+    /// No table.
+    pub const NONE: GuestTable = GuestTable {
+        gfn: Gfn(0),
+        entry_gpa: 0,
+        entry: 0,
+        access: 0,
+    };
+}
+
+/// A translation, and the entries that it is made of.
+#[derive(Clone, Copy, Debug)]
+pub struct GuestWalk {
+    /// The level of the first table: the root's, and two with PAE.
+    pub top: Level,
+    /// The level of the leaf.
+    pub level: Level,
+    /// The frame of the address; inside a large page, the one that is accessed.
+    pub gfn: Gfn,
+    /// What the guest allows, as `ACC_` bits. As long as the leaf is clean and the
+    /// access is no write, writing is not in it.
+    pub access: u8,
+    /// By [`Level::slot`]; those from `level` up to `top` count.
+    pub tables: [GuestTable; 5],
+}
+
+impl GuestWalk {
+    /// Lets the supervisor write to a read-only page of the guest, for a write that
+    /// `CR0.WP`, being clear, allows.
+    ///
+    /// Shadow entries work with `CR0.WP` set. So the page becomes the supervisor's
+    /// own and writable until somebody else accesses it. With SMEP, the user bit
+    /// also kept the supervisor from executing the page: that must not be lost.
+    pub fn write_without_wp(&mut self, smep: bool) {
+        self.access = (self.access | ACC_WRITE) & !ACC_USER;
+        if smep {
+            self.access &= !ACC_EXEC;
+        }
+    }
+}
+
+/// Why there is no translation.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Stop {
+    /// The guest gets a fault.
+    Fault(GuestFault),
+    /// The entries did not stay still: the guest may try again.
+    Retry,
+}
+
+/// The way to the leaf, before anything is decided about it.
+struct Path<P> {
+    top: Level,
+    level: Level,
+    /// What the entries on the way allow together.
+    access: u8,
+    tables: [GuestTable; 5],
+    pages: [Option<P>; 5],
+}
+
+/// A walk that did not reach a leaf.
+struct Dead {
+    cause: ErrorCode,
+    /// What the entries allow together, down to the one that ended the walk.
+    access: u8,
+}
+
+/// Why accessed and dirty bits were not set.
+enum NotMarked {
+    Changed,
+    Unreachable,
+}
+
+/// Translates `address` for an access of this kind, as the guest's CPU would.
+pub fn walk<F: GuestFormat, M: GuestMemory>(
+    memory: &M,
+    context: &GuestContext,
+    address: u64,
+    kind: ErrorCode,
+) -> Result<GuestWalk, Stop> {
+    for _ in 0..TRIES {
+        let mut path = match descend::<F, M>(memory, context, address) {
+            Ok(path) => path,
+            Err(dead) => return Err(fault::<F>(context, address, kind, dead)),
+        };
+        let leaf = path.leaf();
+        let forbidden = context.permission_fault(path.access, F::key(leaf), kind);
+        if let Some(cause) = forbidden {
+            let access = path.access;
+            return Err(fault::<F>(context, address, kind, Dead { cause, access }));
+        }
+        let write = kind.contains(ErrorCode::WRITE);
+        match mark::<F, M>(memory, context, address, write, &mut path) {
+            Ok(()) => return Ok(path.translation::<F>(context, address, write)),
+            Err(NotMarked::Changed) => {}
+            Err(NotMarked::Unreachable) => {
+                let cause = ErrorCode::NONE;
+                let access = path.access;
+                return Err(fault::<F>(context, address, kind, Dead { cause, access }));
+            }
+        }
+    }
+    Err(Stop::Retry)
+}
+
+/// Reads the entries from the root down to the leaf.
+fn descend<F: GuestFormat, M: GuestMemory>(
+    memory: &M,
+    context: &GuestContext,
+    address: u64,
+) -> Result<Path<M::Page>, Dead> {
+    let mut level = context.level;
+    let mut pointer = context.root;
+    let mut access = ACC_ALL;
+
+    // With PAE the third level is no table but registers, which allow everything.
+    if context.level == Level::L1G {
+        let index = (address >> 30 & 3) as usize;
+        pointer = context.pdptrs.get(index).copied().unwrap_or(0);
+        level = Level::L2M;
+        if !F::is_present(context, pointer) {
+            return Err(Dead::not_present(access));
+        }
+    }
+
+    let mut path = Path {
+        top: level,
+        level,
+        access,
+        tables: [GuestTable::NONE; 5],
+        pages: [None; 5],
+    };
+    loop {
+        let table = F::frame(pointer, level, false);
+        let offset = F::offset(address, level);
+        let page = memory.page(table).ok_or(Dead::not_present(access))?;
+        let entry = memory
+            .read(page, offset, F::WIDTH)
+            .ok_or(Dead::not_present(access))?;
+        let used = GuestTable {
+            gfn: table,
+            entry_gpa: table.to_gpa() | u64::from(offset),
+            entry,
+            access,
+        };
+        access &= F::access(entry);
+        if !F::is_present(context, entry) {
+            return Err(Dead::not_present(access));
+        }
+        if context.is_reserved::<F>(entry, level) {
+            let cause = ErrorCode::PRESENT | ErrorCode::RSVD;
+            return Err(Dead { cause, access });
+        }
+        path.put(level, used, page);
+        match level.child() {
+            Some(child) if !F::is_leaf(context, entry, level) => level = child,
+            _ => {
+                path.level = level;
+                path.access = access;
+                return Ok(path);
+            }
+        }
+        pointer = entry;
+    }
+}
+
+/// Sets the accessed bit of all entries of the path, and the dirty bit of the leaf
+/// for a write.
+fn mark<F: GuestFormat, M: GuestMemory>(
+    memory: &M,
+    context: &GuestContext,
+    address: u64,
+    write: bool,
+    path: &mut Path<M::Page>,
+) -> Result<(), NotMarked> {
+    if !context.accessed_dirty {
+        return Ok(());
+    }
+    let leaf = path.level;
+    let mut next = Some(path.top);
+    while let Some(level) = next.filter(|level| *level >= leaf) {
+        next = level.child();
+        let (Some(used), Some(Some(page))) = (
+            path.tables.get_mut(level.slot()),
+            path.pages.get(level.slot()),
+        ) else {
+            continue;
+        };
+        let mut new = used.entry | F::ACCESSED;
+        if level == leaf && write {
+            if F::EPT && new & F::DIRTY == 0 && !memory.log_dirty(address) {
+                return Err(NotMarked::Unreachable);
+            }
+            new |= F::DIRTY;
+        }
+        // Tables in ROM work as they are.
+        if new == used.entry || !memory.is_writable(*page) {
+            continue;
+        }
+        let offset = F::offset(address, level);
+        match memory.compare_exchange(*page, offset, F::WIDTH, used.entry, new) {
+            Exchange::Done => used.entry = new,
+            Exchange::Changed => return Err(NotMarked::Changed),
+            Exchange::Unreachable => return Err(NotMarked::Unreachable),
+        }
+    }
+    Ok(())
+}
+
+fn fault<F: GuestFormat>(
+    context: &GuestContext,
+    address: u64,
+    kind: ErrorCode,
+    dead: Dead,
+) -> Stop {
+    let mut code = error_code(context, kind, dead.cause);
+    let exit_qualification = (F::EPT && !code.contains(ErrorCode::RSVD))
+        .then(|| ept_violation(context, kind, dead.access));
+    if context.nested && !F::EPT {
+        code = code | kind.of(ErrorCode::GUEST_FINAL | ErrorCode::GUEST_PAGE);
+    }
+    Stop::Fault(GuestFault {
+        address,
+        error_code: code,
+        exit_qualification,
+    })
+}
+
+impl Dead {
+    fn not_present(access: u8) -> Dead {
+        Dead {
+            cause: ErrorCode::NONE,
+            access,
+        }
+    }
+}
+
+impl<P> Path<P> {
+    #[inline]
+    fn put(&mut self, level: Level, used: GuestTable, page: P) {
+        if let (Some(to), Some(page_to)) = (
+            self.tables.get_mut(level.slot()),
+            self.pages.get_mut(level.slot()),
+        ) {
+            *to = used;
+            *page_to = Some(page);
+        }
+    }
+
+    #[inline]
+    fn leaf(&self) -> u64 {
+        self.tables
+            .get(self.level.slot())
+            .map_or(0, |used| used.entry)
+    }
+
+    #[inline]
+    fn translation<F: GuestFormat>(
+        &self,
+        context: &GuestContext,
+        address: u64,
+        write: bool,
+    ) -> GuestWalk {
+        let leaf = self.leaf();
+        let inside = (1u64 << F::shift(self.level)).wrapping_sub(1);
+        let first = F::frame(leaf, self.level, true);
+        GuestWalk {
+            top: self.top,
+            level: self.level,
+            gfn: first.add(address >> PAGE_SHIFT & inside),
+            // After a write the leaf is dirty, or in ROM, where nothing makes it so.
+            access: if write {
+                self.access
+            } else {
+                protect_clean::<F>(context, leaf, self.access)
+            },
+            tables: self.tables,
+        }
+    }
+}
