@@ -37,6 +37,9 @@ const AD_WRITE_PROTECT_ONLY: u64 = 2 << 60;
 const TRACK_SAVED: u64 = 1 << 0 | 1 << 2 | 1 << 10;
 const TRACK_SHIFT: u32 = 52;
 
+/// EPT's memory type, and "ignore PAT".
+const EPT_MEMTYPE: u64 = 0xf << 3;
+
 const EPT_EXECUTE: u64 = 1 << 2;
 const EPT_USER_EXECUTE: u64 = 1 << 10;
 
@@ -289,6 +292,16 @@ impl Spte {
         self.0 & format.dirty != 0
     }
 
+    /// The memory type of a leaf, as bits of an entry.
+    #[inline]
+    pub const fn memtype(self, format: &SpteFormat) -> u64 {
+        if format.xs != 0 {
+            self.0 & EPT_MEMTYPE
+        } else {
+            0
+        }
+    }
+
     /// The writable bits are in one of their valid combinations.
     #[inline]
     pub const fn is_consistent(self, format: &SpteFormat) -> bool {
@@ -382,6 +395,12 @@ impl Spte {
     #[must_use]
     pub const fn without(self, bits: u64) -> Spte {
         Spte(self.0 & !bits)
+    }
+
+    /// Writes through the leaf are tracked by its dirty bit.
+    #[inline]
+    pub const fn tracks_dirty_by_bit(self) -> bool {
+        self.0 & AD_MASK == 0
     }
 
     /// The bit whose clearing makes the next write seen.

@@ -16,7 +16,9 @@ use core::marker::PhantomData;
 
 /// Atomics of the engine, in one place so that a model checker can replace them.
 pub mod atomic {
-    pub use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
+    pub use core::sync::atomic::{
+        fence, AtomicBool, AtomicPtr, AtomicU16, AtomicU32, AtomicU64, AtomicU8, Ordering,
+    };
 }
 
 /// Proof that `mmu_lock` is held for read by this thread.

@@ -25,9 +25,13 @@ pub const ENTRIES: usize = 512;
 pub type Entries = [AtomicU64; ENTRIES];
 
 /// What of a header the engine may use.
-const HEADER_SIZE: usize = 168;
+pub(super) const HEADER_SIZE: usize = 168;
 /// Where KVM's vendor module expects `has_mapped_host_mmio`.
 pub const HOST_MMIO_OFFSET: usize = 68;
+/// Where a header says what it is of: [`KIND_TDP`], or a shadow page.
+pub const KIND_OFFSET: usize = 69;
+/// The header is of a table of the TDP MMU.
+pub const KIND_TDP: u8 = 0;
 
 /// The header of a table.
 #[repr(C)]
@@ -59,10 +63,13 @@ pub struct Table {
     pub(super) refs: AtomicU32,
     /// Host MMIO is mapped below this root.
     host_mmio: AtomicBool,
+    /// [`KIND_TDP`], as headers are zeroed.
+    kind: u8,
 }
 
 const _: () = assert!(mem::size_of::<Table>() <= HEADER_SIZE);
 const _: () = assert!(mem::offset_of!(Table, host_mmio) == HOST_MMIO_OFFSET);
+const _: () = assert!(mem::offset_of!(Table, kind) == KIND_OFFSET);
 const _: () = assert!(mem::size_of::<AtomicBool>() == 1);
 
 impl Table {

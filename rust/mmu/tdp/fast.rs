@@ -14,14 +14,14 @@ use super::{
 };
 use crate::mmu::{
     host::Host,
-    spte::Spte,
+    spte::{Spte, SpteFormat},
     sync::{atomic::Ordering, RcuRead},
     table::{Table, TablePtr},
     types::{Gfn, GfnRange, Level},
 };
 
 /// How often a fast fault tries before it leaves the fault to the slow path.
-const TRIES: u32 = 4;
+pub const FAST_TRIES: u32 = 4;
 
 /// How a fast page fault ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -32,6 +32,47 @@ pub enum FastOutcome {
     Fixed,
     /// The entry allowed it already.
     Spurious,
+}
+
+/// How a leaf can be made to allow an access without a lock.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FastFix {
+    /// It allows the access already.
+    Spurious,
+    /// It can not.
+    Impossible,
+    /// By this.
+    Change(Spte),
+}
+
+/// What makes the leaf `old` of `level` allow the access.
+#[inline]
+pub fn fast_fix(
+    format: &SpteFormat,
+    old: Spte,
+    level: Level,
+    write: bool,
+    exec: bool,
+    dirty_track: bool,
+) -> FastFix {
+    if old.access_allowed(format, write, exec) {
+        return FastFix::Spurious;
+    }
+    let mut new = old;
+    if !format.ad_enabled && old.is_access_tracked(format) {
+        new = new.mark_young(format);
+    }
+    if write && old.is_mmu_writable(format) {
+        // All of a huge page would become writable, but only one frame of it dirty.
+        if dirty_track && level > Level::L4K {
+            return FastFix::Impossible;
+        }
+        new = new.make_writable();
+    }
+    if new == old || !new.access_allowed(format, write, exec) {
+        return FastFix::Impossible;
+    }
+    FastFix::Change(new)
 }
 
 impl Tdp {
@@ -56,30 +97,17 @@ impl Tdp {
         }
 
         let rcu = host.rcu_read();
-        for _ in 0..TRIES {
+        for _ in 0..FAST_TRIES {
             let entry = lowest(host, root, gfn, &rcu);
             if !entry.is_leaf() {
                 return FastOutcome::Invalid;
             }
             let old = entry.spte;
-            if old.access_allowed(format, write, exec) {
-                return FastOutcome::Spurious;
-            }
-            let mut new = old;
-            if !format.ad_enabled && old.is_access_tracked(format) {
-                new = new.mark_young(format);
-            }
-            if write && old.is_mmu_writable(format) {
-                // All of a huge page would become writable, but only one frame of
-                // it dirty.
-                if dirty_track && entry.level > Level::L4K {
-                    return FastOutcome::Invalid;
-                }
-                new = new.make_writable();
-            }
-            if new == old || !new.access_allowed(format, write, exec) {
-                return FastOutcome::Invalid;
-            }
+            let new = match fast_fix(format, old, entry.level, write, exec, dirty_track) {
+                FastFix::Spurious => return FastOutcome::Spurious,
+                FastFix::Impossible => return FastOutcome::Invalid,
+                FastFix::Change(new) => new,
+            };
             if replace(&entry, new) {
                 // Dirty only now: harvested before, it would be protected again
                 // by nobody.

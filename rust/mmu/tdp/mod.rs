@@ -51,7 +51,7 @@ mod roots;
 mod walk;
 mod zap;
 
-pub use fast::FastOutcome;
+pub use fast::{fast_fix, FastFix, FastOutcome, FAST_TRIES};
 pub use fault::{Fault, Outcome};
 pub use huge::NoMemory;
 
