@@ -15,7 +15,7 @@
 pub mod entry;
 
 use crate::{
-    kvm::{abi, bindings, param, symbols},
+    kvm::{abi, bindings, param, symbols, trace},
     vm,
 };
 use core::{cell::UnsafeCell, ffi::c_int, ffi::c_void, mem::MaybeUninit, ptr};
@@ -206,6 +206,7 @@ fn attach() -> Result {
         symbols::bind(function, symbols::require_kvm(symbols::name(function))?);
     }
     param::bind()?;
+    trace::bind()?;
     let mut patches = KVec::with_capacity(symbols::entries().len(), GFP_KERNEL)?;
     for function in symbols::entries() {
         patches.push(resolve(function)?, GFP_KERNEL)?;

@@ -80,6 +80,8 @@ static LAYOUTS: &[Layout] = layouts! {
     kvm_pre_fault_memory { gpa, size, flags }
     kvm_host_values { maxphyaddr }
     kvm_x86_ops { load_mmu_pgd, flush_tlb_current, get_mt_mask }
+    kvm_page_fault { addr, error_code, gfn, pfn, goal_level }
+    tracepoint { key }
     ftrace_ops { func, flags, private, direct_call }
     page { }
 };
@@ -178,6 +180,7 @@ pub fn check() -> Result {
         symbols::core_functions(),
         symbols::entries(),
         symbols::callees(),
+        symbols::iterators(),
     ] {
         for function in table {
             let expected = Expected::Function(

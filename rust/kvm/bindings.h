@@ -14,3 +14,4 @@
 #include "kvm_emulate.h"
 #include "kvm_mm.h"
 #include "glue.h"
+#include "trace.h"

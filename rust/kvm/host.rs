@@ -3,9 +3,9 @@
 //! KVM as the engine's [`Host`].
 
 use crate::{
-    kvm::{bindings, lock::RcuGuard, param, slot::Slot, table, vm::Kvm},
+    kvm::{bindings, lock::RcuGuard, param, slot::Slot, table, trace, vm::Kvm},
     mmu::{
-        host::Host,
+        host::{Event, Host},
         spte::SpteFormat,
         sync::{MmuRead, MmuWrite},
         table::TablePtr,
@@ -147,6 +147,11 @@ unsafe impl Host for KvmHost<'_> {
         if unsafe { bindings::rmmu_host_mmio_buffers() } {
             self.kvm.force_exit_all();
         }
+    }
+
+    #[inline(always)]
+    fn trace(&self, event: Event<'_>) {
+        trace::emit(event);
     }
 
     fn bug(&self, what: &'static str) {

@@ -16,6 +16,7 @@ pub mod param;
 pub mod slot;
 pub mod symbols;
 pub mod table;
+pub mod trace;
 pub mod vcpu;
 pub mod vm;
 

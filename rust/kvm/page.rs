@@ -48,6 +48,9 @@ pub struct Lookup {
 /// Error bits of a pfn that is none: bits 52 to 62.
 const PFN_ERROR: u64 = 0x7ff << 52;
 
+/// KVM's word for "no slot, so no frame", in its events.
+pub const NO_SLOT: Pfn = Pfn(1 << 63);
+
 impl HostPage {
     /// Looks up, and if need be faults in, the host's page behind `gfn`. Sleeps.
     pub fn fault_in(slot: &Slot, gfn: Gfn, how: Lookup) -> Result<HostPage, NoPage> {

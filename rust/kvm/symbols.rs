@@ -50,6 +50,17 @@ pub fn callees() -> &'static [Function] {
     }
 }
 
+/// The iterators of kvm.ko's tracepoints that rmmu emits.
+pub fn iterators() -> &'static [Function] {
+    // SAFETY: as above.
+    unsafe {
+        core::slice::from_raw_parts(
+            (&raw const bindings::rmmu_iterators).cast(),
+            bindings::rmmu_iterators_len,
+        )
+    }
+}
+
 /// The function's name.
 pub fn name(function: &Function) -> &'static CStr {
     // SAFETY: the tables hold string literals.

@@ -3,12 +3,74 @@
 //! What the engine needs from outside.
 
 use crate::mmu::{
-    spte::SpteFormat,
-    sync::{Flush, MmuLocked, MmuRead, MmuWrite, RcuRead},
-    table::{Entries, TablePtr},
+    spte::{Spte, SpteFormat},
+    sync::{atomic::AtomicU64, Flush, MmuLocked, MmuRead, MmuWrite, RcuRead},
+    table::{Entries, Table, TablePtr},
     types::{Gfn, GfnRange, Hpa, Level},
 };
 use core::ptr::NonNull;
+
+/// Something an observer may want to know of, besides what the host accounts anyway.
+#[derive(Clone, Copy)]
+pub enum Event<'a> {
+    /// An entry changed: `gfn` is the first frame it covers, `cell` where it is.
+    SpteChanged {
+        /// Where the entry is.
+        cell: &'a AtomicU64,
+        /// The first frame it covers.
+        gfn: Gfn,
+        /// The level of its table.
+        level: Level,
+        /// What it was.
+        old: Spte,
+        /// What it is.
+        new: Spte,
+    },
+    /// A fault mapped a frame, or found it mapped the same way.
+    SpteSet {
+        /// Where the entry is.
+        cell: &'a AtomicU64,
+        /// The first frame it covers.
+        gfn: Gfn,
+        /// The level of its table.
+        level: Level,
+    },
+    /// A fault noted that a frame is MMIO.
+    MmioSet {
+        /// Where the entry is.
+        cell: &'a AtomicU64,
+        /// The frame.
+        gfn: Gfn,
+        /// What the entry is now.
+        spte: Spte,
+    },
+    /// A table is about to be linked, or to become a root.
+    TableMade(&'a Table),
+    /// A table was unlinked and is about to be emptied.
+    TableRemoved(&'a Table),
+    /// A huge page was to be replaced by a table.
+    HugeSplit {
+        /// The first frame of the huge page.
+        gfn: Gfn,
+        /// What mapped it.
+        spte: Spte,
+        /// Its level.
+        level: Level,
+        /// How that went.
+        outcome: SplitOutcome,
+    },
+}
+
+/// How the split of a huge page went.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum SplitOutcome {
+    /// There is a table in its place.
+    Done,
+    /// The entry changed meanwhile.
+    Raced,
+    /// There was no memory for a table.
+    NoMemory,
+}
 
 /// The machine below one VM's MMU.
 ///
@@ -100,6 +162,10 @@ pub unsafe trait Host {
     /// The first mapping of host MMIO below a root is about to be installed.
     #[inline]
     fn host_mmio_mapped(&self) {}
+
+    /// Something happened. Called under the locks of the operation, and within RCU.
+    #[inline]
+    fn trace(&self, _event: Event<'_>) {}
 
     /// An invariant is broken: warn, and let the VM run no more.
     fn bug(&self, what: &'static str);

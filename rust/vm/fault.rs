@@ -15,7 +15,7 @@ use super::Vm;
 use crate::{
     kvm::{
         page::{self, HostPage, Lookup, NoPage},
-        param, table,
+        param, table, trace,
         vcpu::{self, FaultStat, Vcpu},
         Slot,
     },
@@ -36,6 +36,7 @@ mod ret {
     use crate::kvm::bindings::*;
 
     pub(super) const RETRY: i32 = RET_PF_RETRY as i32;
+    pub(super) const INVALID: i32 = RET_PF_INVALID as i32;
     pub(super) const FIXED: i32 = RET_PF_FIXED as i32;
     pub(super) const SPURIOUS: i32 = RET_PF_SPURIOUS as i32;
 }
@@ -246,10 +247,14 @@ impl Vm {
             // Zapped or replaced since.
             return Some(Handled::Retry);
         }
-        if spte.mmio_generation() != vcpu.memslots_generation() & Spte::MMIO_GEN_MASK {
+        let generation = vcpu.memslots_generation() & Spte::MMIO_GEN_MASK;
+        trace::check_mmio_spte(spte, generation);
+        if spte.mmio_generation() != generation {
             return None;
         }
-        vcpu.mmio_cache(spte.mmio_gfn(&self.format), spte.mmio_access(&self.format));
+        let (gfn, granted) = (spte.mmio_gfn(&self.format), spte.mmio_access(&self.format));
+        trace::handle_mmio_page_fault(gfn, granted);
+        vcpu.mmio_cache(gfn, granted);
         Some(Handled::Mmio)
     }
 
@@ -326,6 +331,14 @@ impl Vm {
             access.exec,
             slot,
             dirty_track,
+            |cell, old, outcome| {
+                let ret = match outcome {
+                    FastOutcome::Invalid => ret::INVALID,
+                    FastOutcome::Fixed => ret::FIXED,
+                    FastOutcome::Spurious => ret::SPURIOUS,
+                };
+                trace::fast_page_fault(vcpu, access.gpa, access.error_code, cell, old, ret);
+            },
         );
         let handled = match outcome {
             FastOutcome::Invalid => return None,
@@ -365,7 +378,9 @@ impl Vm {
         let mut page = lookup(true);
         if matches!(page, Err(NoPage::NeedsIo)) {
             if !access.prefetch && vcpu.can_do_async_pf() {
+                trace::try_async_get_page(access.gpa, access.gfn);
                 if vcpu.async_pf_pending(access.gfn) {
+                    trace::async_pf_repeated_fault(access.gpa, access.gfn);
                     vcpu.request_apf_halt();
                     return Err(Ok(Handled::Retry));
                 }
@@ -410,6 +425,8 @@ impl Vm {
         let Some(root) = self.current_root(vcpu) else {
             return Ok(Handled::Retry);
         };
+        let access_of_root = table::role(root).access;
+        trace::spte_requested(access.gfn, page::NO_SLOT, fault.goal_level, access_of_root);
         match self.tdp.map(
             &self.host(),
             lock.token(),
@@ -491,6 +508,12 @@ impl Vm {
         };
         fault.write_tracked = slot.write_tracked(self.kvm, access.gfn);
         self.choose_level(slot, &mut fault);
+        trace::spte_requested(
+            fault.gfn,
+            fault.pfn,
+            fault.goal_level,
+            table::role(root).access,
+        );
         let outcome = self.tdp.map(
             &self.host(),
             lock.token(),

@@ -8,7 +8,7 @@
 
 use super::Vm;
 use crate::{
-    kvm::{table, Kvm, Mmu, RootSet, Vcpu},
+    kvm::{table, trace, Kvm, Mmu, RootSet, Vcpu},
     mmu::{sync::MmuWrite, table::TablePtr, types::Hpa},
 };
 use core::sync::atomic::Ordering;
@@ -115,6 +115,7 @@ impl Vm {
 
     /// Invalidates every root; KVM's fast zap, first half.
     pub fn invalidate_roots(&self, kvm: &Kvm, lock: &MmuWrite<'_>) {
+        trace::zap_all_fast(kvm);
         self.tdp.invalidate_roots(&self.host(), lock);
         kvm.request_free_obsolete_roots();
     }

@@ -15,7 +15,7 @@ use super::{
     Tdp,
 };
 use crate::mmu::{
-    host::Host,
+    host::{Event, Host, SplitOutcome},
     role::Role,
     spte::Spte,
     sync::{
@@ -66,7 +66,7 @@ impl Tdp {
             .compare_exchange(old.0, new.0, Ordering::AcqRel, Ordering::Acquire)
         {
             Ok(_) => {
-                self.account_change(host, shared, entry.level, old, new);
+                self.account_change(host, shared, entry, new);
                 Ok(())
             }
             Err(now) => {
@@ -81,12 +81,14 @@ impl Tdp {
     #[inline]
     pub(super) fn clear_exclusive<H: Host>(&self, host: &H, entry: &mut Entry<'_>) {
         entry.spte = take(host, entry.cell, entry.spte, entry.level, Spte::NONPRESENT);
-        self.account_change(host, false, entry.level, entry.spte, Spte::NONPRESENT);
+        self.account_change(host, false, entry, Spte::NONPRESENT);
     }
 
-    /// Does what follows from the change of an entry of a linked table.
+    /// Does what follows from the change of an entry of a linked table, of which
+    /// the caller has the copy of before.
     #[inline]
-    fn account_change<H: Host>(&self, host: &H, shared: bool, level: Level, old: Spte, new: Spte) {
+    fn account_change<H: Host>(&self, host: &H, shared: bool, entry: &Entry<'_>, new: Spte) {
+        let (level, old) = (entry.level, entry.spte);
         let is_leaf = new.is_leaf(level);
         if is_leaf && !new.is_consistent(host.format()) {
             host.bug("rmmu: a writable entry must be MMU-writable and host-writable");
@@ -99,6 +101,7 @@ impl Tdp {
         if old.is_nonleaf(level) && !new.is_nonleaf(level) {
             self.remove_table(host, shared, host.table_of(old.hpa(host.format())));
         }
+        entry.trace_change(host, new);
     }
 
     /// Takes down a table that no entry points to any more, and all below it.
@@ -112,10 +115,14 @@ impl Tdp {
         let level = header.level();
         let mut leaves: i64 = 0;
 
+        host.trace(Event::TableRemoved(header));
         host.account_table(table, -1);
         self.forget_nx_candidate(host, header);
 
+        let mut gfn = header.gfn();
         for cell in header.entries() {
+            let first = gfn;
+            gfn = gfn.add(level.pages());
             let old = if shared {
                 // A fault may be about to install something here; from now on it
                 // finds the entry frozen.
@@ -135,6 +142,13 @@ impl Tdp {
             } else if old.is_nonleaf(level) {
                 self.remove_table(host, shared, host.table_of(old.hpa(host.format())));
             }
+            host.trace(Event::SpteChanged {
+                cell,
+                gfn: first,
+                level,
+                old,
+                new: Spte::FROZEN,
+            });
         }
         if leaves != 0 {
             host.account_leaf(level, leaves.wrapping_neg());
@@ -173,13 +187,25 @@ impl Tdp {
         let format = host.format();
         let huge = entry.spte;
         let nx = host.nx_huge_pages();
+        let (gfn, level) = (entry.gfn, entry.level);
         // SAFETY: The table is linked only below.
         unsafe {
             table.fill(|i| huge.small_from_huge(format, role.level, role.access, i, nx));
         }
-        self.link_table(host, shared, entry, table)?;
-        host.account_leaf(role.level, 512);
-        Ok(())
+        let linked = self.link_table(host, shared, entry, table);
+        if linked.is_ok() {
+            host.account_leaf(role.level, 512);
+        }
+        host.trace(Event::HugeSplit {
+            gfn,
+            spte: huge,
+            level,
+            outcome: match linked {
+                Ok(()) => SplitOutcome::Done,
+                Err(_) => SplitOutcome::Raced,
+            },
+        });
+        linked
     }
 }
 
@@ -205,9 +231,14 @@ fn take<H: Host>(host: &H, cell: &AtomicU64, old: Spte, level: Level, new: Spte)
     old
 }
 
-/// Clears bits of a present leaf; returns what it was before. Nobody else may be
-/// installing or removing.
+/// Clears bits of a present leaf. Nobody else may be installing or removing.
 #[inline]
-pub(super) fn clear_bits(entry: &mut Entry<'_>, bits: u64, _lock: &MmuWrite<'_>) {
+pub(super) fn clear_bits<H: Host>(
+    host: &H,
+    entry: &mut Entry<'_>,
+    bits: u64,
+    _lock: &MmuWrite<'_>,
+) {
     entry.spte = Spte(entry.cell.fetch_and(!bits, Ordering::AcqRel));
+    entry.trace_change(host, entry.spte.without(bits));
 }

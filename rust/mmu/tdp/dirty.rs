@@ -117,7 +117,7 @@ impl Tdp {
             let mut cursor = Cursor::new(host, &rcu, root, range, min_level);
             while let Some(mut entry) = cursor.next() {
                 if entry.is_leaf() && entry.spte.raw() & bits != 0 {
-                    clear_bits(&mut entry, bits, lock);
+                    clear_bits(host, &mut entry, bits, lock);
                     changed = true;
                 }
             }
@@ -160,7 +160,7 @@ impl Tdp {
                 }
                 let bit = entry.gfn.0.wrapping_sub(base_gfn.0) & 63;
                 if (mask >> bit) & 1 != 0 && entry.spte.raw() & bits != 0 {
-                    clear_bits(&mut entry, bits, lock);
+                    clear_bits(host, &mut entry, bits, lock);
                 }
             }
             false

@@ -15,7 +15,10 @@ use super::{
 use crate::mmu::{
     host::Host,
     spte::{Spte, SpteFormat},
-    sync::{atomic::Ordering, RcuRead},
+    sync::{
+        atomic::{AtomicU64, Ordering},
+        RcuRead,
+    },
     table::{Table, TablePtr},
     types::{Gfn, GfnRange, Level},
 };
@@ -78,6 +81,9 @@ pub fn fast_fix(
 impl Tdp {
     /// Serves a fault on a present entry that was write-protected for the dirty
     /// log, or made inaccessible by aging. The caller holds a reference to `root`.
+    ///
+    /// `observe` is told, in the RCU section, where the entry is, what it was, and
+    /// how it ended.
     #[allow(clippy::too_many_arguments)]
     pub fn fast_fault<H: Host>(
         &self,
@@ -88,36 +94,50 @@ impl Tdp {
         exec: bool,
         slot: Option<&H::Slot>,
         dirty_track: bool,
+        observe: impl FnOnce(&AtomicU64, Spte, FastOutcome),
     ) -> FastOutcome {
         // SAFETY: The caller's reference keeps the root alive.
         let root = unsafe { root.as_ref() };
-        let format = host.format();
         if gfn >= root.level().root_end() {
             return FastOutcome::Invalid;
         }
 
         let rcu = host.rcu_read();
+        let mut entry = lowest(host, root, gfn, &rcu);
+        let mut outcome = FastOutcome::Invalid;
         for _ in 0..FAST_TRIES {
-            let entry = lowest(host, root, gfn, &rcu);
             if !entry.is_leaf() {
-                return FastOutcome::Invalid;
+                break;
             }
-            let old = entry.spte;
-            let new = match fast_fix(format, old, entry.level, write, exec, dirty_track) {
-                FastFix::Spurious => return FastOutcome::Spurious,
-                FastFix::Impossible => return FastOutcome::Invalid,
+            let fix = fast_fix(
+                host.format(),
+                entry.spte,
+                entry.level,
+                write,
+                exec,
+                dirty_track,
+            );
+            let new = match fix {
                 FastFix::Change(new) => new,
+                FastFix::Impossible => break,
+                FastFix::Spurious => {
+                    outcome = FastOutcome::Spurious;
+                    break;
+                }
             };
             if replace(&entry, new) {
                 // Dirty only now: harvested before, it would be protected again
                 // by nobody.
-                if let (Some(slot), true) = (slot, new.is_writable() && !old.is_writable()) {
+                if let (Some(slot), true) = (slot, new.is_writable() && !entry.spte.is_writable()) {
                     host.mark_dirty(slot, gfn);
                 }
-                return FastOutcome::Fixed;
+                outcome = FastOutcome::Fixed;
+                break;
             }
+            entry = lowest(host, root, gfn, &rcu);
         }
-        FastOutcome::Invalid
+        observe(entry.cell, entry.spte, outcome);
+        outcome
     }
 
     /// Makes the pages of the range old, in both address spaces; true if any was
@@ -172,7 +192,10 @@ fn age_root<H: Host, R: RcuRead>(
             break;
         }
         // Whoever changed the entry first zaps it or uses it; it is fine as it is.
-        replace(&entry, entry.spte.mark_old(format));
+        let old = entry.spte.mark_old(format);
+        if replace(&entry, old) {
+            entry.trace_change(host, old);
+        }
     }
     young
 }

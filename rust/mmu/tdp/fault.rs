@@ -15,7 +15,7 @@ use super::{
     Tdp,
 };
 use crate::mmu::{
-    host::{Host, TableSource},
+    host::{Event, Host, TableSource},
     role::Role,
     spte::{leaf_change_needs_flush, LeafArgs, Spte},
     sync::{atomic::Ordering, MmuRead, RcuRead},
@@ -143,6 +143,8 @@ impl Tdp {
         let table = source.take().ok_or(Outcome::OutOfMemory)?;
         // SAFETY: The source gave the table to us alone.
         unsafe { table.prepare(role, entry.gfn) };
+        // SAFETY: Nobody frees it before it is linked.
+        host.trace(Event::TableMade(unsafe { table.as_ref() }));
 
         let linked = if entry.spte.is_present() {
             mark_disallowed(table, fault.huge_page_disallowed);
@@ -227,6 +229,11 @@ impl Tdp {
                 host.flush_range(range);
             }
         }
+        host.trace(Event::SpteSet {
+            cell: entry.cell,
+            gfn: entry.gfn,
+            level: entry.level,
+        });
         // The log is harvested under the write lock, so it can not miss the page
         // between the change above and this.
         if new.is_writable() && fault.dirty_track {
@@ -255,6 +262,11 @@ impl Tdp {
         if new != entry.spte && self.try_change(host, true, entry, new).is_err() {
             return Outcome::Retry;
         }
+        host.trace(Event::MmioSet {
+            cell: entry.cell,
+            gfn: entry.gfn,
+            spte: new,
+        });
         Outcome::Emulate
     }
 }

@@ -10,7 +10,7 @@ use super::{
     Tdp,
 };
 use crate::mmu::{
-    host::Host,
+    host::{Event, Host, SplitOutcome},
     role::Role,
     spte::Spte,
     sync::{Flush, MmuLocked, MmuRead, RcuRead},
@@ -72,17 +72,21 @@ impl Tdp {
             unlinks_tables: false,
         };
         loop {
+            let mut stopped = None;
             let walked = walk(host, lock, root, plan, Flush::none(), |entry, _, _| {
                 let (true, Some(level)) = (entry.is_leaf(), entry.level.child()) else {
                     return Step::Next;
                 };
                 // Without a table at hand: out of the locks, and allocate one.
                 let Some(table) = spare.take() else {
+                    stopped = Some((entry.gfn, entry.spte, entry.level));
                     return Step::Stop;
                 };
                 let role = Role { level, ..root_role };
                 // SAFETY: The table is ours until it is linked.
                 unsafe { table.prepare(role, entry.gfn) };
+                // SAFETY: As above.
+                host.trace(Event::TableMade(unsafe { table.as_ref() }));
                 match self.split_leaf(host, L::SHARED, entry, table, role) {
                     Ok(()) => Step::Next,
                     Err(conflict) => {
@@ -98,6 +102,14 @@ impl Tdp {
             plan.range.start = from;
             *spare = lock.unlocked(host, || host.alloc_table());
             if spare.is_none() {
+                if let Some((gfn, spte, level)) = stopped {
+                    host.trace(Event::HugeSplit {
+                        gfn,
+                        spte,
+                        level,
+                        outcome: SplitOutcome::NoMemory,
+                    });
+                }
                 return Err(NoMemory);
             }
         }

@@ -9,7 +9,7 @@
 
 use super::Tdp;
 use crate::mmu::{
-    host::{Host, TableSource},
+    host::{Event, Host, TableSource},
     role::Role,
     spte::Spte,
     sync::{
@@ -199,6 +199,7 @@ impl Tdp {
             }
             // SAFETY: We have the only pointer, and it is prepared.
             let table = unsafe { root.as_ref() };
+            host.trace(Event::TableMade(table));
             // One reference is the caller's, one the MMU's own.
             table.refs.store(2, Ordering::Relaxed);
             table

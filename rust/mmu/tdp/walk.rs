@@ -11,7 +11,7 @@
 //! lock and goes on from the root. It yields only after it made progress.
 
 use crate::mmu::{
-    host::Host,
+    host::{Event, Host},
     spte::Spte,
     sync::{
         atomic::{AtomicU64, Ordering},
@@ -45,6 +45,20 @@ impl<'r> Entry<'r> {
             gfn: gfn.round_down(level),
             level,
             spte: load(cell),
+        }
+    }
+
+    /// Says that the entry, of which this has the copy of before, is `new` now.
+    #[inline]
+    pub(super) fn trace_change<H: Host>(&self, host: &H, new: Spte) {
+        if new != self.spte {
+            host.trace(Event::SpteChanged {
+                cell: self.cell,
+                gfn: self.gfn,
+                level: self.level,
+                old: self.spte,
+                new,
+            });
         }
     }
 

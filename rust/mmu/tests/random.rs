@@ -115,7 +115,16 @@ impl Test {
                 let root = self.vm.root(as_id);
                 let slot = Some(&self.vm.slot);
                 let tdp = &self.vm.tdp;
-                let got = tdp.fast_fault(&self.vm.host, root, Gfn(gfn), write, false, slot, log);
+                let got = tdp.fast_fault(
+                    &self.vm.host,
+                    root,
+                    Gfn(gfn),
+                    write,
+                    false,
+                    slot,
+                    log,
+                    |_, _, _| {},
+                );
                 let expected = self.spaces[as_id].fast(gfn, write, log, self.ad);
                 assert_eq!(got, expected, "fast fault at {gfn:x}");
                 "fast fault"

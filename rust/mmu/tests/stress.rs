@@ -105,7 +105,9 @@ impl Shared {
         let (host, tdp) = (&self.vm.host, &self.vm.tdp);
         let root = self.vm.root(vcpu);
         let slot = Some(&self.vm.slot);
-        if tdp.fast_fault(host, root, Gfn(gfn), write, exec, slot, false) != FastOutcome::Invalid {
+        if tdp.fast_fault(host, root, Gfn(gfn), write, exec, slot, false, |_, _, _| {})
+            != FastOutcome::Invalid
+        {
             self.fast.fetch_add(1, Ordering::Relaxed);
             return;
         }

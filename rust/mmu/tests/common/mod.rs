@@ -159,8 +159,16 @@ impl Vm {
     pub fn fast(&self, gfn: u64, write: bool, dirty_track: bool) -> FastOutcome {
         let slot = Some(&self.slot);
         let root = self.root(0);
-        self.tdp
-            .fast_fault(&self.host, root, Gfn(gfn), write, false, slot, dirty_track)
+        self.tdp.fast_fault(
+            &self.host,
+            root,
+            Gfn(gfn),
+            write,
+            false,
+            slot,
+            dirty_track,
+            |_, _, _| {},
+        )
     }
 
     /// Unmaps for a notifier, with the flush that is owed.
