@@ -57,6 +57,24 @@ hold_vm() {
 	done
 }
 
+# A BPF program on a function that rmmu hooks, until fentry_gone.
+fentry_user() {
+	rm -f /tmp/fentry /tmp/fentry.log
+	mkfifo /tmp/fentry
+	/selftests/fentry_user kvm_mmu_load < /tmp/fentry > /tmp/fentry.log 2>&1 &
+	fentry=$!
+	exec 8> /tmp/fentry
+	until grep -q ready /tmp/fentry.log; do
+		kill -0 $fentry 2> /dev/null || { cat /tmp/fentry.log >&2; return 1; }
+		usleep 50000
+	done
+}
+
+fentry_gone() {
+	exec 8>&-
+	wait $fentry
+}
+
 release_vm() {
 	exec 9>&-
 	wait $holder && grep -q works /tmp/held
@@ -76,7 +94,7 @@ skewed_module() {
 	cp "$RMMU" /tmp/skewed.ko && printf memslots | dd of=/tmp/skewed.ko bs=1 seek="$at" conv=notrunc 2> /dev/null
 }
 
-plan 27
+plan 33
 rmmu_loaded || rmmu_load || bail "kvm_rmmu.ko does not load"
 baseline=$(diverted_functions)
 
@@ -116,12 +134,26 @@ insmod /selftests/modules/direct_user.ko function=kvm_mmu_page_fault || bail "th
 theirs=$(diverted_functions)
 check "with another user on one function, loading fails" fails rmmu_load
 note "insmod says: $(cat /tmp/error)"
-check "with a message that names the function" said kvm_mmu_page_fault
+check "with a message that names the function and the other user" said 'kvm_mmu_page_fault .*\[direct_user\]'
 check "and nothing but the other user's function is diverted" [ "$(diverted_functions)" = "$theirs" ]
 rmmod direct_user
 check "when the other user is gone it loads and serves" eval 'rmmu_load && served /selftests/smoke'
 check "all functions are diverted again" [ "$(diverted_functions)" = "$baseline" ]
 check "the other user is refused now" fails insmod /selftests/modules/direct_user.ko function=kvm_mmu_page_fault
+
+rmmu_unload || bail "rmmu does not unload"
+mark_messages
+fentry_user || bail "the BPF program does not load"
+theirs=$(diverted_functions)
+check "with a BPF program on one function, loading fails" fails rmmu_load
+note "insmod says: $(cat /tmp/error)"
+check "with a message that names the function and the other user" said 'kvm_mmu_load .* bpf_trampoline_'
+check "and nothing but the BPF program's function is diverted" [ "$(diverted_functions)" = "$theirs" ]
+fentry_gone
+check "when the BPF program is gone it loads and serves" eval 'rmmu_load && served /selftests/smoke'
+check "a BPF program is refused on a function of ours now" fails fentry_user
+note "it says: $(cat /tmp/error)"
+check "and the VMs of rmmu do not notice" served /selftests/smoke
 
 check "a value other than 0 and 1 for own_new_vms is refused" fails sh -c "echo 7 > $RMMU_SYS/parameters/own_new_vms"
 own_new_vms 0

@@ -19,7 +19,11 @@ use crate::{
     vm,
 };
 use core::{cell::UnsafeCell, ffi::c_int, ffi::c_void, mem::MaybeUninit, ptr};
-use kernel::{error::to_result, prelude::*, str::CStr};
+use kernel::{
+    error::to_result,
+    prelude::*,
+    str::{CStr, CString},
+};
 
 // C structs without members are only ever pointed at.
 #[allow(improper_ctypes)]
@@ -44,6 +48,8 @@ extern "C" {
         ops: *mut bindings::ftrace_ops,
         hash: *mut bindings::ftrace_hash,
     ) -> c_int;
+    #[link_name = "__SCT__rmmu_core_ftrace_find_rec_direct"]
+    fn ftrace_find_rec_direct(ip: usize) -> usize;
     #[link_name = "__SCT__rmmu_core_ftrace_location"]
     fn ftrace_location(ip: usize) -> usize;
 }
@@ -156,6 +162,21 @@ fn update(patches: &[Patch], add: bool) -> Result {
     })
 }
 
+/// The symbol that another direct user has diverted a patch site to.
+fn diverted_to(site: usize) -> Option<CString> {
+    const MAX_SYMBOL: usize = bindings::RMMU_SYMBOL_LEN as usize;
+    // SAFETY: any address may be asked for; ftrace's lock is not needed for an answer that is only printed.
+    let target = unsafe { ftrace_find_rec_direct(site) } & !FTRACE_JMP;
+    if target == 0 {
+        return None;
+    }
+    let mut text = KVec::from_elem(0u8, MAX_SYMBOL, GFP_KERNEL).ok()?;
+    // SAFETY: the buffer has the size that the kernel asks for.
+    unsafe { bindings::sprint_symbol(text.as_mut_ptr().cast(), target) };
+    let text = CStr::from_bytes_until_nul(&text).ok()?;
+    CString::try_from(text).ok()
+}
+
 /// Says which function could not be hooked, by trying them one at a time.
 fn explain(patches: &[Patch], error: Error) {
     for patch in patches {
@@ -173,12 +194,21 @@ fn explain(patches: &[Patch], error: Error) {
                 }
             }
             Err(error) => {
-                pr_err!(
-                    "{} cannot be hooked ({:?}): a BPF program, another direct caller or a livepatch is on it. \
-                     Remove that and load again; see /sys/kernel/tracing/enabled_functions\n",
-                    patch.name,
-                    error
-                );
+                match diverted_to(patch.site) {
+                    Some(user) => pr_err!(
+                        "{} cannot be hooked ({:?}): it is diverted to {} already (that of a BPF program is called \
+                         bpf_trampoline_NUMBER). Remove that and load again\n",
+                        patch.name,
+                        error,
+                        &*user
+                    ),
+                    None => pr_err!(
+                        "{} cannot be hooked ({:?}): a livepatch or another user of ftrace is on it. Remove that and \
+                         load again; see /sys/kernel/tracing/enabled_functions\n",
+                        patch.name,
+                        error
+                    ),
+                }
                 return;
             }
         }

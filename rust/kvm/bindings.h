@@ -2,6 +2,7 @@
 /* The headers bindgen reads. Everything here is the kernel's own, of the kernel being built for. */
 #include <linux/kvm_host.h>
 #include <linux/ftrace.h>
+#include <linux/kallsyms.h>
 #include <linux/kprobes.h>
 #include <linux/module.h>
 #include <linux/static_call.h>

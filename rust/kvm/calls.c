@@ -61,6 +61,7 @@ struct ftrace_func_entry *rmmu_hash_add(struct ftrace_hash *hash, unsigned long 
 int rmmu_direct_add(struct ftrace_ops *ops, struct ftrace_hash *hash);
 int rmmu_direct_del(struct ftrace_ops *ops, struct ftrace_hash *hash);
 unsigned long rmmu_location(unsigned long ip);
+unsigned long rmmu_find_direct(unsigned long ip);
 void rmmu_btf_put(struct btf *btf);
 void rmmu_vendor_load_pgd(struct kvm_vcpu *vcpu, hpa_t root_hpa, int root_level);
 void rmmu_vendor_flush_current(struct kvm_vcpu *vcpu);
@@ -73,6 +74,7 @@ DEFINE_STATIC_CALL_NULL(rmmu_core_add_ftrace_hash_entry_direct, rmmu_hash_add);
 DEFINE_STATIC_CALL_NULL(rmmu_core_update_ftrace_direct_add, rmmu_direct_add);
 DEFINE_STATIC_CALL_NULL(rmmu_core_update_ftrace_direct_del, rmmu_direct_del);
 DEFINE_STATIC_CALL_NULL(rmmu_core_ftrace_location, rmmu_location);
+DEFINE_STATIC_CALL_NULL(rmmu_core_ftrace_find_rec_direct, rmmu_find_direct);
 DEFINE_STATIC_CALL_NULL(rmmu_core_e820__mapped_raw_any, e820__mapped_raw_any);
 DEFINE_STATIC_CALL_NULL(rmmu_core_pat_pfn_immune_to_uc_mtrr, pat_pfn_immune_to_uc_mtrr);
 DEFINE_STATIC_CALL_NULL(rmmu_core_btf_put, rmmu_btf_put);
@@ -89,6 +91,7 @@ const struct rmmu_function rmmu_core[] = {
 	RMMU_CORE(update_ftrace_direct_add, "int(struct ftrace_ops *, struct ftrace_hash *)"),
 	RMMU_CORE(update_ftrace_direct_del, "int(struct ftrace_ops *, struct ftrace_hash *)"),
 	RMMU_CORE(ftrace_location, "long unsigned int(long unsigned int)"),
+	RMMU_CORE(ftrace_find_rec_direct, "long unsigned int(long unsigned int)"),
 	RMMU_CORE(e820__mapped_raw_any, "bool(u64, u64, enum e820_type)"),
 	RMMU_CORE(pat_pfn_immune_to_uc_mtrr, "bool(long unsigned int)"),
 	RMMU_CORE(btf_put, "void(struct btf *)"),

@@ -6,7 +6,11 @@
 #ifndef RMMU_GLUE_H
 #define RMMU_GLUE_H
 
+#include <linux/kallsyms.h>
 #include <linux/kvm_host.h>
+
+/* Room for the name of a symbol, as sprint_symbol() wants it: bindgen does not evaluate the macro. */
+enum { RMMU_SYMBOL_LEN = KSYM_SYMBOL_LEN };
 
 struct seq_file;
 struct static_call_key;

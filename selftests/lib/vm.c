@@ -32,7 +32,7 @@
 #define EFER_LMA	(1UL << 10)
 #define EFER_NX		(1UL << 11)
 
-extern char __start_guest[], __stop_guest[];
+extern char __start_guest[] __attribute__((weak)), __stop_guest[] __attribute__((weak));
 
 static void identity_map(struct vm *vm)
 {
