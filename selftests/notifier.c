@@ -10,6 +10,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "host.h"
 #include "vm.h"
 
 #define SIZE	(4 * MIB)
@@ -151,52 +152,31 @@ static void check_copy_on_write(void)
 	close(go[1]);
 }
 
-static bool write_file(const char *path, const char *text)
-{
-	FILE *file = fopen(path, "w");
-
-	return file && fputs(text, file) >= 0 && fclose(file) == 0;
-}
-
-static uint64_t read_number(const char *path)
-{
-	unsigned long value = 0;
-	FILE *file = fopen(path, "r");
-
-	if (file) {
-		if (fscanf(file, "%lu", &value) != 1)
-			value = 0;
-		fclose(file);
-	}
-	return value;
-}
-
-#define KSM "/sys/kernel/mm/ksm/"
-
 static void check_merging(void)
 {
 	uint64_t deadline = now_ms() + 20000;
 
-	if (!write_file(KSM "pages_to_scan", "5000") || !write_file(KSM "sleep_millisecs", "5") ||
-	    !write_file(KSM "run", "1")) {
+	if (!write_file(KSM_DIR "pages_to_scan", "5000") || !write_file(KSM_DIR "sleep_millisecs", "5") ||
+	    !write_file(KSM_DIR "run", "1")) {
 		skip("pages merged by KSM", "the kernel has no KSM");
 		skip("a store after merging", "the kernel has no KSM");
+		skip("unmerging", "the kernel has no KSM");
 		return;
 	}
 	memset(base, 0xab, SIZE);
 	/* Mapped writable in the guest before they become one page. */
 	vcpu_run_to_sync(counter);
 	must(madvise(base, SIZE, MADV_MERGEABLE));
-	while (read_number(KSM "pages_sharing") < PAGES / 2 && now_ms() < deadline)
+	while (read_number(KSM_DIR "pages_sharing") < PAGES / 2 && now_ms() < deadline)
 		usleep(20000);
-	ok(read_number(KSM "pages_sharing") >= PAGES / 2 && vcpu_run_to_sync(counter) == PAGES,
+	ok(read_number(KSM_DIR "pages_sharing") >= PAGES / 2 && vcpu_run_to_sync(counter) == PAGES,
 	   "the guest reads pages that KSM merged");
 	guest_writes(10000);
 	ok(host_sees(base, 10000) && base[PAGE_SIZE - 1] == 0xab, "a store takes a merged page apart");
 	must(madvise(base, SIZE, MADV_UNMERGEABLE));
-	write_file(KSM "run", "2");
+	write_file(KSM_DIR "run", "2");
 	ok(guest_mismatches(10000) == 0, "unmerging changes nothing");
-	write_file(KSM "run", "0");
+	write_file(KSM_DIR "run", "0");
 }
 
 static void check_huge_pages(void)

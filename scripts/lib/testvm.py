@@ -19,6 +19,8 @@ import qemu
 SOURCE = Path(__file__).resolve().parents[2]
 
 BOOT_SECONDS = 120
+# Modules that tests load when they need them: memory to swap to.
+FOR_TESTS = ("zram",)
 # How long the guest's own time limit may be late before the machine counts as hung.
 GRACE_SECONDS = 30
 
@@ -90,7 +92,7 @@ def pack(config, kernel_modules, busybox, interactive=False):
     archive.file("/init", SOURCE / "selftests/guest/init", 0o755)
     # The kernel opens the console before init can mount devtmpfs.
     archive.device("/dev/console", 5, 1)
-    initramfs.ModuleTree(kernel_modules).pack(archive, [*config.load, *config.pack])
+    initramfs.ModuleTree(kernel_modules).pack(archive, [*config.load, *config.pack, *FOR_TESTS])
     for path, source in config.files:
         source = Path(source)
         if source.is_dir():

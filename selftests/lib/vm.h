@@ -28,6 +28,9 @@
 #define VM_TEST_GPA	GIB
 /* A page of the low slot for arguments and results; the host sees it as vm->shared. */
 #define VM_SHARED_GPA	0x300000UL
+/* The rest of the low slot is the test's, too. The host sees it at vm->low + VM_SCRATCH_GPA. */
+#define VM_SCRATCH_GPA	0x310000UL
+#define VM_SCRATCH_SIZE	(VM_LOW_SIZE - VM_SCRATCH_GPA)
 #define VM_MAX_VCPUS	8
 
 struct vcpu {
@@ -87,6 +90,18 @@ guest_inline uint64_t load(uint64_t address)
 guest_inline void store(uint64_t address, uint64_t value)
 {
 	*(volatile uint64_t *)address = value;
+}
+
+/* The next number of a generator that guest and host share; the state is never 0. */
+guest_inline uint64_t next_random(uint64_t *state)
+{
+	uint64_t bits = *state;
+
+	bits ^= bits << 13;
+	bits ^= bits >> 7;
+	bits ^= bits << 17;
+	*state = bits;
+	return bits * 0x9e3779b97f4a7c15UL >> 8;
 }
 
 guest_inline void guest_pause(void)

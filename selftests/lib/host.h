@@ -1,0 +1,27 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/* The machine that the VM runs on: its knobs in /proc and /sys, and its huge pages. */
+#ifndef RMMU_HOST_H
+#define RMMU_HOST_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define KSM_DIR		"/sys/kernel/mm/ksm/"
+#define KVM_PARAMETERS	"/sys/module/kvm/parameters/"
+
+/* Whether the file was there and took the text. */
+bool write_file(const char *path, const char *text);
+bool write_number(const char *path, uint64_t value);
+/* The first characters of a file, up to white space; `word` stays as it is when there is no file. */
+void read_word(const char *path, char *word, size_t size);
+/* The number in a file; 0 when there is none. */
+uint64_t read_number(const char *path);
+/* The number behind "name" or "name:" at the start of a line; `missing` when there is none. */
+uint64_t read_field(const char *path, const char *name, uint64_t missing);
+
+/* Memory of huge pages of hugetlbfs, which are set aside for it; NULL when there are none to be had. */
+void *hugetlb_memory(size_t size);
+void hugetlb_release(void *memory, size_t size);
+
+#endif
