@@ -7,7 +7,7 @@ use crate::mmu::{
     spte::Spte,
     sync::MmuWrite,
     table::ENTRIES,
-    types::{Gfn, Level},
+    types::{Gfn, Hpa, Level},
 };
 
 /// What there is to know about a page.
@@ -17,6 +17,8 @@ pub struct PageInfo {
     pub gfn: Gfn,
     /// The role.
     pub role: PageRole,
+    /// The address of its entries.
+    pub hpa: Hpa,
     /// vCPUs that use it as a root.
     pub roots: u32,
     /// Entries that point to it.
@@ -42,6 +44,7 @@ impl Shadow {
             f(&PageInfo {
                 gfn: page.gfn(),
                 role: page.role(),
+                hpa: page.hpa(),
                 roots: page.roots.get(),
                 parents: page.parents().count(lock),
                 present: present.count() as u32,

@@ -1,0 +1,880 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A VM under shadow paging: guest tables in a model memory, vCPUs that use them,
+//! and what KVM does around the engine.
+
+// Every test crate uses its own part of this.
+#![allow(dead_code)]
+
+pub mod check;
+pub mod cpu;
+pub mod host;
+pub mod paging;
+pub mod ram;
+
+use cpu::{Hit, Kind, Roots};
+use host::{Caches, Machine, Slot};
+use paging::{Mode, Paging, Translation, P};
+use ram::{Ram, Seen};
+use rmmu_engine::mmu::{
+    shadow::{
+        guest::{walk, Guest, GuestContext, GuestWalk, Paging32, Paging64, Stop},
+        Buckets, DescPtr, GuestTables, PagePtr, PageRole, PageSource, Root, Shadow, ShadowHost,
+        ShadowVcpu,
+    },
+    Fault, Flush, Gfn, GfnRange, Host, Level, Outcome, Pfn, SpteFormat,
+};
+use std::{
+    alloc::{alloc_zeroed, dealloc, Layout},
+    cell::Cell,
+    collections::{BTreeMap, BTreeSet, HashSet},
+    ptr::NonNull,
+};
+
+/// A vCPU.
+#[derive(Default)]
+pub struct Vcpu {
+    /// The guest's CR3.
+    pub cr3: u64,
+    pub pdptrs: [u64; 4],
+    pub roots: Option<Roots>,
+    /// Roots it had before, by CR3.
+    pub previous: Vec<(u64, Roots)>,
+    /// For each address that is watched, what it may translate to: all that the
+    /// guest's tables said since it was flushed.
+    pub history: BTreeMap<u64, Vec<Translation>>,
+}
+
+/// See the module.
+pub struct Vm {
+    pub machine: Machine,
+    pub shadow: Shadow,
+    pub ram: Ram,
+    pub paging: Paging,
+    pub vcpus: Vec<Vcpu>,
+    /// Pages of addresses that are watched.
+    pub watched: BTreeSet<u64>,
+    /// The caches of the next fault.
+    pub cache: Cell<(u64, u64)>,
+    pub prefetch: Cell<bool>,
+    pub generation: Cell<u64>,
+    /// Write faults on tables: zap what shadows them and let the guest go on,
+    /// rather than emulate.
+    pub unprotect: Cell<bool>,
+    /// The guest's frames that the host looked up for a prefetch.
+    pub prefetched: Cell<u64>,
+    pub sync_requests: Cell<u64>,
+    /// Frames that were written to while their slot logged that.
+    pub logged_writes: BTreeSet<u64>,
+    pub faults: u64,
+}
+
+/// What an access of the guest came to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Touch {
+    Memory(Gfn),
+    /// The guest got a fault.
+    Fault,
+    Mmio(Gfn),
+    /// The write was emulated.
+    Emulated(Gfn),
+}
+
+/// The vCPU as the engine sees it.
+pub struct Acting<'m> {
+    pub caches: Caches<'m>,
+    ram: &'m Ram,
+    root_role: PageRole,
+    generation: u64,
+    may_prefetch: bool,
+    prefetched: &'m Cell<u64>,
+    sync_requests: &'m Cell<u64>,
+    held: usize,
+}
+
+// SAFETY: What the caches give is fresh.
+unsafe impl PageSource for Acting<'_> {
+    fn take_page(&mut self, translations: bool) -> Option<PagePtr> {
+        self.caches.take_page(translations)
+    }
+
+    fn take_desc(&mut self) -> Option<DescPtr> {
+        self.caches.take_desc()
+    }
+}
+
+impl ShadowVcpu<Machine> for Acting<'_> {
+    fn root_role(&self) -> PageRole {
+        self.root_role
+    }
+
+    fn slot<'h>(&self, host: &'h Machine, gfn: Gfn) -> Option<&'h Slot> {
+        host.valid_slot(gfn)
+    }
+
+    fn may_prefetch(&self) -> bool {
+        self.may_prefetch
+    }
+
+    fn memtype(&self, _gfn: Gfn, _host_mmio: bool) -> u64 {
+        0
+    }
+
+    fn mmio_generation(&self) -> u64 {
+        self.generation
+    }
+
+    fn prefetch_pages(&mut self, slot: &Slot, gfn: Gfn, pfns: &mut [Pfn]) -> usize {
+        assert_eq!(self.held, 0, "what was looked up before was not released");
+        assert!(
+            !slot.logged.get(),
+            "nothing is mapped ahead in a logged slot"
+        );
+        for (i, place) in pfns.iter_mut().enumerate() {
+            let gfn = gfn.add(i as u64);
+            match self.ram.backing(gfn) {
+                Some(page) if page.writable && slot.range.contains(gfn) => *place = page.pfn,
+                _ => break,
+            }
+            self.held += 1;
+        }
+        self.prefetched
+            .set(self.prefetched.get() + self.held as u64);
+        self.held
+    }
+
+    fn release_prefetched(&mut self) {
+        assert_ne!(self.held, 0, "nothing is to be released");
+        self.held = 0;
+    }
+
+    fn request_sync(&mut self) {
+        self.sync_requests.set(self.sync_requests.get() + 1);
+    }
+}
+
+impl Drop for Acting<'_> {
+    fn drop(&mut self) {
+        assert!(
+            self.held == 0 || std::thread::panicking(),
+            "frames that were looked up are kept"
+        );
+    }
+}
+
+impl Vm {
+    pub fn new(format: SpteFormat, paging: Paging, slots: Vec<Slot>, vcpus: usize) -> Vm {
+        let frames = slots.iter().map(|slot| slot.range.end.0).max().unwrap();
+        let shadow = Shadow::new(1000);
+        let layout = Layout::new::<Buckets>();
+        // SAFETY: The layout is not empty; zeroes are an empty hash table, which is
+        // taken back when the VM ends.
+        unsafe {
+            let buckets = NonNull::new(alloc_zeroed(layout).cast()).unwrap();
+            shadow.set_buckets(buckets);
+        }
+        Vm {
+            machine: Machine::new(format, slots, vcpus),
+            shadow,
+            ram: Ram::new(frames),
+            paging,
+            vcpus: (0..vcpus).map(|_| Vcpu::default()).collect(),
+            watched: BTreeSet::new(),
+            cache: Cell::new((5, 14)),
+            prefetch: Cell::new(true),
+            generation: Cell::new(2),
+            unprotect: Cell::new(false),
+            prefetched: Cell::new(0),
+            sync_requests: Cell::new(0),
+            logged_writes: BTreeSet::new(),
+            faults: 0,
+        }
+    }
+
+    /// The vCPU as the engine sees it.
+    pub fn acting(&self) -> Acting<'_> {
+        let (pages, descs) = self.cache.get();
+        Acting {
+            caches: Caches {
+                pages,
+                descs,
+                ..Caches::full(&self.machine)
+            },
+            ram: &self.ram,
+            root_role: self.paging.root_role(),
+            generation: self.generation.get(),
+            may_prefetch: self.prefetch.get(),
+            prefetched: &self.prefetched,
+            sync_requests: &self.sync_requests,
+            held: 0,
+        }
+    }
+
+    fn seen(&self) -> Seen<'_> {
+        Seen {
+            ram: &self.ram,
+            machine: &self.machine,
+        }
+    }
+
+    fn context(&self, vcpu: usize) -> GuestContext {
+        let vcpu = &self.vcpus[vcpu];
+        self.paging.context(vcpu.cr3, vcpu.pdptrs)
+    }
+
+    /// What the guest's tables say about an address now.
+    pub fn translate(&self, vcpu: usize, va: u64) -> Option<Translation> {
+        let vcpu = &self.vcpus[vcpu];
+        self.paging.translate(&self.ram, vcpu.cr3, &vcpu.pdptrs, va)
+    }
+
+    /// Notes what the guest's tables say, if they changed.
+    pub fn note_tables(&mut self) {
+        if !self.ram.changed.replace(false) {
+            return;
+        }
+        for vcpu in 0..self.vcpus.len() {
+            for &page in &self.watched {
+                let now = self.paging.translate(
+                    &self.ram,
+                    self.vcpus[vcpu].cr3,
+                    &self.vcpus[vcpu].pdptrs,
+                    page << 12,
+                );
+                if let Some(now) = now {
+                    let known = self.vcpus[vcpu].history.entry(page).or_default();
+                    if !known.contains(&now) {
+                        known.push(now);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The guest flushes an address: `INVLPG`.
+    pub fn invlpg(&mut self, vcpu: usize, va: u64) {
+        self.machine.tlbs.borrow_mut()[vcpu].flush_address(va);
+        let mut roots: Vec<Roots> = self.vcpus[vcpu].roots.iter().cloned().collect();
+        if self.paging.mode != Mode::Pae && self.paging.mode != Mode::Bits32 {
+            roots.extend(
+                self.vcpus[vcpu]
+                    .previous
+                    .iter()
+                    .map(|(_, root)| root.clone()),
+            );
+        }
+        for roots in roots {
+            self.with_guest(vcpu, Invlpg { va, roots: &roots });
+        }
+        let now = self.translate(vcpu, va);
+        let known = self.vcpus[vcpu].history.entry(va >> 12).or_default();
+        known.clear();
+        known.extend(now);
+    }
+
+    /// The guest loads a root: `MOV CR3`. With `keep`, the old root is remembered.
+    pub fn load_cr3(&mut self, vcpu: usize, cr3: u64, keep: bool) {
+        let old = self.vcpus[vcpu].cr3;
+        let roots = self.vcpus[vcpu].roots.take();
+        match roots {
+            Some(Roots::Page(page)) if keep && old != cr3 => {
+                self.vcpus[vcpu]
+                    .previous
+                    .insert(0, (old, Roots::Page(page)));
+                if self.vcpus[vcpu].previous.len() > 2 {
+                    let (_, last) = self.vcpus[vcpu].previous.pop().unwrap();
+                    self.put(&last);
+                }
+            }
+            Some(roots) => self.put(&roots),
+            None => {}
+        }
+        self.vcpus[vcpu].cr3 = cr3;
+        if self.paging.mode == Mode::Pae {
+            let table = cr3 >> 12;
+            self.vcpus[vcpu].pdptrs = core::array::from_fn(|i| {
+                let gpa = (table << 12) + 8 * i as u64;
+                self.ram.load(gpa, self.paging.width())
+            });
+        }
+        let cached = self.vcpus[vcpu]
+            .previous
+            .iter()
+            .position(|(pgd, _)| *pgd == cr3);
+        if let Some(at) = cached {
+            let (_, roots) = self.vcpus[vcpu].previous.remove(at);
+            self.vcpus[vcpu].roots = Some(roots);
+            self.drop_obsolete(vcpu);
+        }
+        self.vcpus[vcpu].history.clear();
+        self.ram.changed.set(true);
+        self.machine.tlbs.borrow_mut()[vcpu].flush();
+        self.ensure_roots(vcpu);
+        self.sync(vcpu);
+        self.note_tables();
+    }
+
+    /// Brings the roots up to date, as the guest's flush of everything does.
+    pub fn sync(&mut self, vcpu: usize) {
+        let Some(roots) = self.vcpus[vcpu].roots.clone() else {
+            return;
+        };
+        for root in roots.pages(&self.machine) {
+            if matches!(roots, Roots::Pae(_)) || self.shadow.is_unsync(root) {
+                self.with_guest(vcpu, Sync { root });
+            }
+        }
+    }
+
+    fn put(&self, roots: &Roots) {
+        let pages = roots.pages(&self.machine);
+        self.machine
+            .write(|lock| self.shadow.put_roots(&self.machine, lock, pages));
+    }
+
+    /// Lets go of roots that were zapped, as a vCPU does before it enters the guest.
+    pub fn drop_obsolete(&mut self, vcpu: usize) {
+        let obsolete = |vm: &Vm, roots: &Roots| {
+            let pages = roots.pages(&vm.machine);
+            pages.iter().any(|&page| vm.shadow.is_obsolete(page))
+        };
+        if let Some(roots) = self.vcpus[vcpu].roots.clone() {
+            if obsolete(self, &roots) {
+                self.vcpus[vcpu].roots = None;
+                self.machine.tlbs.borrow_mut()[vcpu].flush();
+                self.put(&roots);
+            }
+        }
+        let previous = std::mem::take(&mut self.vcpus[vcpu].previous);
+        for (cr3, roots) in previous {
+            if obsolete(self, &roots) {
+                self.put(&roots);
+            } else {
+                self.vcpus[vcpu].previous.push((cr3, roots));
+            }
+        }
+    }
+
+    /// Loads roots if there are none, as a vCPU does before it enters the guest.
+    pub fn ensure_roots(&mut self, vcpu: usize) {
+        self.drop_obsolete(vcpu);
+        if self.vcpus[vcpu].roots.is_some() {
+            return;
+        }
+        self.machine.write(|lock| {
+            self.shadow
+                .make_available(&self.machine, lock)
+                .expect("there is room for a root")
+        });
+        let role = self.paging.root_role();
+        let cr3 = self.vcpus[vcpu].cr3;
+        let roots = match self.paging.mode {
+            Mode::Bits32 | Mode::Pae => {
+                let mut entries = [0; 4];
+                for (i, place) in entries.iter_mut().enumerate() {
+                    let (gfn, quadrant) = if self.paging.mode == Mode::Pae {
+                        let pdpte = self.vcpus[vcpu].pdptrs[i];
+                        if pdpte & P == 0 {
+                            continue;
+                        }
+                        (Gfn(pdpte >> 12), 0)
+                    } else {
+                        (Gfn(cr3 >> 12), i as u8)
+                    };
+                    let role = role.with_level(Level::L2M).with_quadrant(quadrant);
+                    let page = self.with_guest(vcpu, AllocRoot { gfn, role });
+                    *place = page.expect("the caches are full").hpa().0 | P;
+                }
+                Roots::Pae(entries)
+            }
+            _ => {
+                let gfn = Gfn(cr3 >> 12);
+                let page = self.with_guest(vcpu, AllocRoot { gfn, role });
+                Roots::Page(page.expect("the caches are full"))
+            }
+        };
+        self.vcpus[vcpu].roots = Some(roots);
+        self.machine.tlbs.borrow_mut()[vcpu].flush();
+        self.sync(vcpu);
+    }
+
+    /// Runs an operation of the engine with the guest's tables of a vCPU.
+    pub fn with_guest<O: WithGuest>(&self, vcpu: usize, operation: O) -> O::Output {
+        let (context, seen) = (self.context(vcpu), self.seen());
+        match self.paging.mode {
+            Mode::Bits32 => operation.run(self, &Guest::<Paging32, _>::new(&context, &seen)),
+            _ => operation.run(self, &Guest::<Paging64, _>::new(&context, &seen)),
+        }
+    }
+
+    /// The guest accesses memory. Panics if it sees what it must not.
+    pub fn touch(&mut self, vcpu: usize, va: u64, kind: Kind) -> Touch {
+        for _ in 0..60 {
+            self.ensure_roots(vcpu);
+            let roots = self.vcpus[vcpu].roots.clone().unwrap();
+            let hit = cpu::access(&self.machine, vcpu, &roots, va, kind, self.paging.smep);
+            let touch = match hit {
+                Hit::Memory(pfn) => Some(Touch::Memory(self.check_hit(vcpu, va, kind, pfn))),
+                Hit::Reserved(spte) => self.reserved_fault(vcpu, va, kind, spte),
+                Hit::NotPresent => self.page_fault(vcpu, va, kind, false),
+                Hit::Protected => self.page_fault(vcpu, va, kind, true),
+            };
+            self.note_tables();
+            if let Some(touch) = touch {
+                return touch;
+            }
+        }
+        panic!("the guest makes no progress at {va:#x}: {kind:?}");
+    }
+
+    /// The guest stores to a table.
+    pub fn store(&mut self, vcpu: usize, va: u64, gpa: u64, value: u64) -> Touch {
+        let kind = Kind {
+            write: true,
+            exec: false,
+            user: false,
+        };
+        let touch = self.touch(vcpu, va, kind);
+        match touch {
+            Touch::Memory(gfn) => {
+                assert_eq!(gfn.0, gpa >> 12, "the kernel's map of a table");
+                self.ram.store(gpa, self.paging.width(), value);
+            }
+            Touch::Emulated(gfn) => {
+                assert_eq!(gfn.0, gpa >> 12);
+                self.emulated_store(gpa, value);
+            }
+            _ => panic!("{touch:?} for a store to a table"),
+        }
+        self.note_tables();
+        touch
+    }
+
+    /// A store to memory that KVM does for the guest.
+    pub fn emulated_store(&mut self, gpa: u64, value: u64) {
+        self.ram.store(gpa, self.paging.width(), value);
+        let gfn = Gfn(gpa >> 12);
+        if let Some(slot) = self.machine.valid_slot(gfn) {
+            slot.dirty.borrow_mut().insert(gfn.0);
+        }
+        if self.shadow.indirect_pages() != 0 {
+            let bytes = self.paging.entry_bytes() as usize;
+            self.machine.write(|lock| {
+                self.shadow
+                    .track_write(&self.machine, lock, gpa, bytes, value != 0);
+            });
+        }
+        self.note_tables();
+    }
+
+    fn check_hit(&mut self, vcpu: usize, va: u64, kind: Kind, pfn: Pfn) -> Gfn {
+        let gfn = self
+            .ram
+            .owner(pfn)
+            .unwrap_or_else(|| panic!("{va:#x} leads to a page that was taken away"));
+        self.check_allowed(vcpu, va, kind, gfn);
+        if kind.write {
+            assert!(self.ram.backing(gfn).unwrap().writable);
+            self.assert_write_is_seen(gfn);
+            if self.machine.valid_slot(gfn).is_some_and(|s| s.logged.get()) {
+                self.logged_writes.insert(gfn.0);
+            }
+        }
+        gfn
+    }
+
+    /// The guest's tables allow the access, or did when the address was flushed.
+    fn check_allowed(&self, vcpu: usize, va: u64, kind: Kind, gfn: Gfn) {
+        let nothing = Vec::new();
+        let known = self.vcpus[vcpu]
+            .history
+            .get(&(va >> 12))
+            .unwrap_or(&nothing);
+        let allowed = known.iter().any(|one| {
+            // With CR0.WP clear the supervisor writes to read-only pages, too; its
+            // dirty bit is set nevertheless.
+            let without_wp = !self.paging.wp && !kind.user && kind.write && one.gfn == gfn;
+            one.gfn == gfn && one.allows(&self.paging, kind) || without_wp
+        });
+        assert!(
+            allowed,
+            "{kind:?} at {va:#x} must not lead to {gfn:x?}; the guest's tables said {known:x?}"
+        );
+    }
+
+    /// A write to a table that is shadowed does not go unnoticed.
+    fn assert_write_is_seen(&self, gfn: Gfn) {
+        self.machine.write(|lock| {
+            self.shadow.visit_pages(lock, |page| {
+                let shadows = page.gfn == gfn && page.role.has_guest_entries();
+                assert!(
+                    !shadows || page.unsync,
+                    "a shadowed table can be written to: {page:x?}"
+                );
+            });
+        });
+    }
+
+    fn reserved_fault(
+        &mut self,
+        vcpu: usize,
+        va: u64,
+        kind: Kind,
+        spte: rmmu_engine::mmu::Spte,
+    ) -> Option<Touch> {
+        let format = *self.machine.format();
+        assert!(
+            spte.is_mmio(&format),
+            "an entry with reserved bits: {spte:x?}"
+        );
+        if spte.mmio_generation() != self.generation.get() {
+            return self.page_fault(vcpu, va, kind, true);
+        }
+        let gfn = spte.mmio_gfn(&format);
+        assert!(self.machine.valid_slot(gfn).is_none());
+        // The emulator checks permissions itself; here it is the translation that
+        // counts.
+        let known = self.vcpus[vcpu].history.get(&(va >> 12));
+        assert!(known.is_some_and(|all| all.iter().any(|one| one.gfn == gfn)));
+        Some(Touch::Mmio(gfn))
+    }
+
+    fn page_fault(&mut self, vcpu: usize, va: u64, kind: Kind, present: bool) -> Option<Touch> {
+        self.faults += 1;
+        let (context, seen) = (self.context(vcpu), self.seen());
+        let code = Paging::error_code(kind);
+        let walked = match self.paging.mode {
+            Mode::Bits32 => walk::<Paging32, _>(&seen, &context, va, code),
+            _ => walk::<Paging64, _>(&seen, &context, va, code),
+        };
+        let mut walked = match walked {
+            Ok(walked) => walked,
+            Err(Stop::Fault(_)) => return Some(Touch::Fault),
+            Err(Stop::Retry) => panic!("nobody else changes entries"),
+        };
+        let gfn = walked.gfn;
+        if let Some(slot) = self.machine.valid_slot(gfn) {
+            if present && kind.write && slot.is_tracked(gfn) {
+                let roots = self.vcpus[vcpu].roots.clone().unwrap();
+                self.shadow.clear_flood(&self.machine, roots.as_root(), va);
+                return self.write_protected(gfn, false);
+            }
+            if kind.write && !self.ram.backing(gfn).unwrap().writable {
+                // The host copies the page.
+                self.invalidate(GfnRange::new(gfn, gfn.add(1)), |ram| {
+                    ram.back(gfn, true);
+                });
+            }
+        }
+        let has_slot = self.machine.valid_slot(gfn).is_some();
+        let write_access = walked.access & rmmu_engine::mmu::types::ACC_WRITE != 0;
+        if kind.write && !write_access && !self.paging.wp && !kind.user && has_slot {
+            walked.write_without_wp(self.paging.smep);
+        }
+        let (outcome, own) = self.map(vcpu, va, kind, &walked);
+        match outcome {
+            Outcome::Fixed | Outcome::Spurious | Outcome::Retry => None,
+            Outcome::OutOfMemory => {
+                self.cache.set((5, 14));
+                None
+            }
+            Outcome::Emulate => {
+                assert!(self.machine.valid_slot(gfn).is_none());
+                Some(Touch::Mmio(gfn))
+            }
+            Outcome::WriteProtected => self.write_protected(gfn, own),
+        }
+    }
+
+    fn write_protected(&mut self, gfn: Gfn, own_table: bool) -> Option<Touch> {
+        if self.unprotect.get() && !own_table {
+            let helped = self
+                .machine
+                .write(|lock| self.shadow.unprotect_gfn(&self.machine, lock, gfn));
+            if helped {
+                return None;
+            }
+        }
+        Some(Touch::Emulated(gfn))
+    }
+
+    /// Serves a fault whose address `walked` translated.
+    pub fn map(&self, vcpu: usize, va: u64, kind: Kind, walked: &GuestWalk) -> (Outcome, bool) {
+        self.with_guest(
+            vcpu,
+            Map {
+                vcpu,
+                va,
+                kind,
+                walked,
+            },
+        )
+    }
+
+    /// The host takes pages away, as a notifier does.
+    pub fn invalidate(&self, range: GfnRange, change: impl FnOnce(&Ram)) {
+        for slot in &self.machine.slots {
+            self.machine.write(|lock| {
+                let flush =
+                    self.shadow
+                        .unmap_range(&self.machine, lock, slot, range, true, Flush::none());
+                self.machine.spend(flush, lock);
+            });
+        }
+        change(&self.ram);
+    }
+
+    /// Makes all pages obsolete and zaps them.
+    pub fn zap_fast(&mut self) {
+        self.machine.write(|lock| self.shadow.invalidate_all(lock));
+        for tlb in self.machine.tlbs.borrow_mut().iter_mut() {
+            tlb.flush();
+        }
+        self.machine
+            .write(|lock| self.shadow.zap_obsolete(&self.machine, lock));
+    }
+
+    /// Ends the VM and checks that nothing is left of it.
+    pub fn destroy(mut self) {
+        for vcpu in 0..self.vcpus.len() {
+            let roots = self.vcpus[vcpu].roots.take();
+            let previous = std::mem::take(&mut self.vcpus[vcpu].previous);
+            for roots in roots
+                .into_iter()
+                .chain(previous.into_iter().map(|(_, r)| r))
+            {
+                self.put(&roots);
+            }
+        }
+        self.machine
+            .write(|lock| self.shadow.uninit(&self.machine, lock));
+        assert_eq!(self.shadow.pages(), 0);
+        assert_eq!(self.shadow.nx_candidates(), 0);
+        assert_eq!(self.shadow.indirect_pages(), 0);
+        self.machine.assert_nothing_left();
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        let buckets = self.machine.write(|lock| self.shadow.take_buckets(lock));
+        if let Some(buckets) = buckets {
+            // SAFETY: Allocated with this layout in `new`.
+            unsafe { dealloc(buckets.as_ptr().cast(), Layout::new::<Buckets>()) };
+        }
+    }
+}
+
+/// An operation that looks at the guest's tables, in whatever format they are.
+pub trait WithGuest {
+    type Output;
+
+    fn run<G: GuestTables>(self, vm: &Vm, guest: &G) -> Self::Output;
+}
+
+struct Invlpg<'a> {
+    va: u64,
+    roots: &'a Roots,
+}
+
+impl WithGuest for Invlpg<'_> {
+    type Output = ();
+
+    fn run<G: GuestTables>(self, vm: &Vm, guest: &G) {
+        vm.machine.write(|lock| {
+            let root = self.roots.as_root();
+            let mut acting = vm.acting();
+            vm.shadow
+                .invalidate_addr(&vm.machine, lock, &mut acting, guest, root, self.va);
+        });
+    }
+}
+
+struct Sync {
+    root: PagePtr,
+}
+
+impl WithGuest for Sync {
+    type Output = ();
+
+    fn run<G: GuestTables>(self, vm: &Vm, guest: &G) {
+        vm.machine.write(|lock| {
+            vm.shadow
+                .sync_root(&vm.machine, lock, &mut vm.acting(), guest, self.root);
+        });
+    }
+}
+
+struct AllocRoot {
+    gfn: Gfn,
+    role: PageRole,
+}
+
+impl WithGuest for AllocRoot {
+    type Output = Option<PagePtr>;
+
+    fn run<G: GuestTables>(self, vm: &Vm, guest: &G) -> Option<PagePtr> {
+        vm.machine.write(|lock| {
+            let mut acting = vm.acting();
+            acting.caches.pages = acting.caches.pages.max(1);
+            vm.shadow.alloc_root(
+                &vm.machine,
+                lock,
+                &mut acting,
+                Some(guest),
+                self.gfn,
+                self.role,
+            )
+        })
+    }
+}
+
+struct Map<'a> {
+    vcpu: usize,
+    va: u64,
+    kind: Kind,
+    walked: &'a GuestWalk,
+}
+
+impl WithGuest for Map<'_> {
+    type Output = (Outcome, bool);
+
+    fn run<G: GuestTables>(self, vm: &Vm, guest: &G) -> (Outcome, bool) {
+        let walked = self.walked;
+        let roots = vm.vcpus[self.vcpu].roots.as_ref().unwrap();
+        vm.machine.write(|lock| {
+            if vm.shadow.make_available(&vm.machine, lock).is_err() {
+                panic!("there is no room for a fault");
+            }
+            let obsolete = |page: &PagePtr| vm.shadow.is_obsolete(*page);
+            if roots.pages(&vm.machine).iter().any(obsolete) {
+                return (Outcome::Retry, false);
+            }
+            let mut fault = vm.fault(walked.gfn, self.kind);
+            vm.shadow.map_guest(
+                &vm.machine,
+                lock,
+                &mut vm.acting(),
+                guest,
+                roots.as_root(),
+                self.va,
+                walked,
+                &mut fault,
+                |fault| vm.adjust(fault, walked.level),
+            )
+        })
+    }
+}
+
+impl Vm {
+    /// A fault on a frame of the guest, before its level is known.
+    pub fn fault(&self, gfn: Gfn, kind: Kind) -> Fault<'_, Slot> {
+        let slot = self.machine.valid_slot(gfn);
+        let backing = self.ram.backing(gfn);
+        Fault {
+            gfn,
+            write: kind.write,
+            exec: kind.exec,
+            prefetch: false,
+            req_level: Level::L4K,
+            goal_level: Level::L4K,
+            max_level: Level::MAX_HUGE,
+            huge_page_disallowed: kind.exec && self.machine.nx.get(),
+            nx_workaround: self.machine.nx.get(),
+            pfn: backing.map_or(Pfn(0), |page| page.pfn),
+            slot,
+            map_writable: backing.is_some_and(|page| page.writable),
+            write_tracked: false,
+            dirty_track: slot.is_some_and(|slot| slot.logged.get()),
+            mmio_generation: self.generation.get(),
+            memtype: 0,
+            is_host_mmio: false,
+        }
+    }
+
+    /// The highest level at which slot and host let a frame be mapped.
+    pub fn max_level(&self, gfn: Gfn) -> Level {
+        let slot = self.machine.valid_slot(gfn);
+        let huge = self.ram.is_huge(gfn)
+            && slot.is_some_and(|slot| !slot.lpage_disallowed(gfn, Level::L2M));
+        if huge {
+            Level::L2M
+        } else {
+            Level::L4K
+        }
+    }
+
+    /// Sets a fault's levels.
+    pub fn adjust(&self, fault: &mut Fault<'_, Slot>, max: Level) {
+        fault.max_level = max;
+        let logged = fault.slot.is_some_and(|slot| slot.logged.get());
+        if fault.slot.is_none() || logged || max == Level::L4K {
+            return;
+        }
+        fault.req_level = self.max_level(fault.gfn).min(max);
+        if fault.huge_page_disallowed {
+            return;
+        }
+        fault.goal_level = fault.req_level;
+        fault.pfn = Pfn(fault.pfn.0 & !fault.goal_level.gfn_mask());
+    }
+
+    /// All entries that are present, of all pages in use: page, index, entry.
+    pub fn visit(&self, mut f: impl FnMut(&rmmu_engine::mmu::shadow::PageInfo)) {
+        self.machine
+            .write(|lock| self.shadow.visit_pages(lock, |page| f(page)));
+    }
+
+    /// The pages that vCPUs hold as roots.
+    pub fn held_roots(&self) -> HashSet<u64> {
+        let all = self.vcpus.iter().flat_map(|vcpu| {
+            let previous = vcpu.previous.iter().map(|(_, roots)| roots);
+            vcpu.roots.iter().chain(previous)
+        });
+        all.flat_map(|roots| roots.pages(&self.machine))
+            .map(|page| page.hpa().0)
+            .collect()
+    }
+
+    /// Marks the whole of a slot as clean, and takes write access away.
+    pub fn start_logging(&mut self, slot: usize) {
+        let slot = &self.machine.slots[slot];
+        slot.logged.set(true);
+        slot.dirty.borrow_mut().clear();
+        self.machine.write(|lock| {
+            let flush = self
+                .shadow
+                .write_protect_slot(&self.machine, lock, slot, Level::L4K);
+            self.machine.spend(flush, lock);
+        });
+        self.logged_writes.clear();
+    }
+
+    /// Takes the dirty log; panics if a write is missing from it.
+    pub fn harvest(&mut self, slot: usize) -> BTreeSet<u64> {
+        let slot = &self.machine.slots[slot];
+        let dirty = slot.dirty.take();
+        for gfn in &self.logged_writes {
+            assert!(dirty.contains(gfn), "a write to {gfn:#x} is not in the log");
+        }
+        self.logged_writes.clear();
+        self.machine.write(|lock| {
+            for &gfn in &dirty {
+                self.shadow
+                    .clear_dirty_masked(&self.machine, lock, slot, Gfn(gfn), 1, true);
+            }
+            self.machine.flush_all();
+        });
+        dirty
+    }
+
+    /// The root of a vCPU.
+    pub fn root(&self, vcpu: usize) -> Root<'_> {
+        self.vcpus[vcpu].roots.as_ref().unwrap().as_root()
+    }
+}
+
+const _: () = {
+    const fn is_host<H: ShadowHost>() {}
+    is_host::<Machine>();
+};

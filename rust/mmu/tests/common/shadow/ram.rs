@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The guest's memory: what is in it, and which frames of the host back it.
+
+use rmmu_engine::mmu::{
+    shadow::guest::{Exchange, GuestMemory, Width, GROUP},
+    Gfn, Pfn,
+};
+use std::{
+    cell::{Cell, RefCell},
+    collections::{BTreeSet, HashMap},
+};
+
+/// The host's page behind a frame.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Backing {
+    pub pfn: Pfn,
+    pub writable: bool,
+}
+
+/// See the module.
+pub struct Ram {
+    frames: u64,
+    words: RefCell<HashMap<u64, u64>>,
+    backing: RefCell<HashMap<u64, Backing>>,
+    owner: RefCell<HashMap<u64, u64>>,
+    next: Cell<u64>,
+    /// Frames of 2 MiB that the host maps by a huge page.
+    pub huge: RefCell<BTreeSet<u64>>,
+    /// Frames that were written to since they were last taken from here.
+    pub written: RefCell<BTreeSet<u64>>,
+    /// Something in memory changed since this was last cleared.
+    pub changed: Cell<bool>,
+}
+
+impl Ram {
+    pub fn new(frames: u64) -> Ram {
+        let ram = Ram {
+            frames,
+            words: RefCell::default(),
+            backing: RefCell::default(),
+            owner: RefCell::default(),
+            next: Cell::new(0x1_0000),
+            huge: RefCell::default(),
+            written: RefCell::default(),
+            changed: Cell::new(false),
+        };
+        for gfn in 0..frames {
+            ram.back(Gfn(gfn), true);
+        }
+        ram
+    }
+
+    /// Backs a frame by a new page of the host.
+    pub fn back(&self, gfn: Gfn, writable: bool) -> Backing {
+        let pfn = Pfn(self.next.get());
+        self.next.set(pfn.0 + 1);
+        self.set(gfn, Backing { pfn, writable });
+        Backing { pfn, writable }
+    }
+
+    /// Backs 2 MiB by a huge page.
+    pub fn back_huge(&self, gfn: Gfn) {
+        let first = self.next.get().next_multiple_of(512);
+        self.next.set(first + 512);
+        self.huge.borrow_mut().insert(gfn.0 >> 9);
+        for i in 0..512 {
+            let backing = Backing {
+                pfn: Pfn(first + i),
+                writable: true,
+            };
+            self.set(Gfn(gfn.0 + i), backing);
+        }
+    }
+
+    fn set(&self, gfn: Gfn, backing: Backing) {
+        let old = self.backing.borrow_mut().insert(gfn.0, backing);
+        let mut owner = self.owner.borrow_mut();
+        if let Some(old) = old {
+            owner.remove(&old.pfn.0);
+        }
+        owner.insert(backing.pfn.0, gfn.0);
+    }
+
+    pub fn backing(&self, gfn: Gfn) -> Option<Backing> {
+        self.backing.borrow().get(&gfn.0).copied()
+    }
+
+    pub fn is_huge(&self, gfn: Gfn) -> bool {
+        self.huge.borrow().contains(&(gfn.0 >> 9))
+    }
+
+    /// The frame a page of the host backs now.
+    pub fn owner(&self, pfn: Pfn) -> Option<Gfn> {
+        self.owner.borrow().get(&pfn.0).map(|&gfn| Gfn(gfn))
+    }
+
+    pub fn contains(&self, gfn: Gfn) -> bool {
+        gfn.0 < self.frames
+    }
+
+    /// Reads memory.
+    pub fn load(&self, gpa: u64, width: Width) -> u64 {
+        let word = self.words.borrow().get(&(gpa & !7)).copied().unwrap_or(0);
+        match width {
+            Width::Eight => word,
+            Width::Four => word >> (8 * (gpa & 4)) & 0xffff_ffff,
+        }
+    }
+
+    /// Writes to memory.
+    pub fn store(&self, gpa: u64, width: Width, value: u64) {
+        let mut words = self.words.borrow_mut();
+        let word = words.entry(gpa & !7).or_default();
+        *word = match width {
+            Width::Eight => value,
+            Width::Four => {
+                let shift = 8 * (gpa & 4);
+                *word & !(0xffff_ffff << shift) | (value & 0xffff_ffff) << shift
+            }
+        };
+        self.changed.set(true);
+        self.written.borrow_mut().insert(gpa >> 12);
+    }
+}
+
+/// Memory as the vCPUs' slots show it.
+pub struct Seen<'a> {
+    pub ram: &'a Ram,
+    pub machine: &'a super::host::Machine,
+}
+
+impl GuestMemory for Seen<'_> {
+    type Page = Gfn;
+
+    fn page(&self, table: Gfn) -> Option<Gfn> {
+        self.machine.valid_slot(table).map(|_| table)
+    }
+
+    fn is_writable(&self, _page: Gfn) -> bool {
+        true
+    }
+
+    fn read(&self, page: Gfn, offset: u16, width: Width) -> Option<u64> {
+        Some(self.ram.load(page.to_gpa() | u64::from(offset), width))
+    }
+
+    fn compare_exchange(
+        &self,
+        page: Gfn,
+        offset: u16,
+        width: Width,
+        old: u64,
+        new: u64,
+    ) -> Exchange {
+        let gpa = page.to_gpa() | u64::from(offset);
+        if self.ram.load(gpa, width) != old {
+            return Exchange::Changed;
+        }
+        self.ram.store(gpa, width, new);
+        if let Some(slot) = self.machine.valid_slot(page) {
+            slot.dirty.borrow_mut().insert(page.0);
+        }
+        Exchange::Done
+    }
+
+    fn read_now(&self, gpa: u64, width: Width) -> Option<u64> {
+        self.page(Gfn(gpa >> 12))?;
+        Some(self.ram.load(gpa, width))
+    }
+
+    fn read_group_now(&self, gpa: u64, width: Width, group: &mut [u64; GROUP]) -> bool {
+        let bytes = match width {
+            Width::Four => 4,
+            Width::Eight => 8,
+        };
+        assert_eq!(gpa % (8 * bytes), 0, "a group is aligned");
+        for (i, place) in group.iter_mut().enumerate() {
+            *place = self.ram.load(gpa + bytes * i as u64, width);
+        }
+        self.machine.valid_slot(Gfn(gpa >> 12)).is_some()
+    }
+}
