@@ -1,0 +1,319 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Accesses of the guest: hardware, page faults, emulation, and what of it is
+//! allowed.
+
+use super::{
+    cpu::{self, Hit, Kind},
+    host::Slot,
+    paging::{Mode, Paging},
+    Vm, WithGuest,
+};
+use rmmu_engine::mmu::{
+    shadow::{
+        guest::{walk, GuestWalk, Paging32, Paging64, Stop},
+        GuestTables, PagePtr,
+    },
+    types::ACC_WRITE,
+    Fault, Gfn, GfnRange, Host, Level, Outcome, Pfn, Spte,
+};
+
+/// What an access of the guest came to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Touch {
+    Memory(Gfn),
+    /// The guest got a fault.
+    Fault,
+    Mmio(Gfn),
+    /// The write was emulated.
+    Emulated(Gfn),
+}
+
+impl Vm {
+    /// The guest accesses memory. Panics if it sees what it must not.
+    pub fn touch(&mut self, vcpu: usize, va: u64, kind: Kind) -> Touch {
+        for _ in 0..60 {
+            self.ensure_roots(vcpu);
+            let roots = self.vcpus[vcpu].roots.clone().unwrap();
+            let hit = cpu::access(&self.machine, vcpu, &roots, va, kind, self.paging.smep);
+            let touch = match hit {
+                Hit::Memory(pfn) => Some(Touch::Memory(self.check_hit(vcpu, va, kind, pfn))),
+                Hit::Reserved(spte) => self.reserved_fault(vcpu, va, kind, spte),
+                Hit::NotPresent => self.page_fault(vcpu, va, kind, false),
+                Hit::Protected => self.page_fault(vcpu, va, kind, true),
+            };
+            self.note_tables();
+            if let Some(touch) = touch {
+                return touch;
+            }
+        }
+        panic!("the guest makes no progress at {va:#x}: {kind:?}");
+    }
+
+    /// The guest stores to a table.
+    pub fn store(&mut self, vcpu: usize, va: u64, gpa: u64, value: u64) -> Touch {
+        let kind = Kind {
+            write: true,
+            exec: false,
+            user: false,
+        };
+        let touch = self.touch(vcpu, va, kind);
+        match touch {
+            Touch::Memory(gfn) => {
+                assert_eq!(gfn.0, gpa >> 12, "the kernel's map of a table");
+                self.ram.store(gpa, self.paging.width(), value);
+            }
+            Touch::Emulated(gfn) => {
+                assert_eq!(gfn.0, gpa >> 12);
+                self.emulated_store(gpa, value);
+            }
+            _ => panic!("{touch:?} for a store to a table"),
+        }
+        self.note_tables();
+        touch
+    }
+
+    /// A store to memory that KVM does for the guest.
+    pub fn emulated_store(&mut self, gpa: u64, value: u64) {
+        self.ram.store(gpa, self.paging.width(), value);
+        let gfn = Gfn(gpa >> 12);
+        if let Some(slot) = self.machine.valid_slot(gfn) {
+            slot.dirty.borrow_mut().insert(gfn.0);
+        }
+        if self.shadow.indirect_pages() != 0 {
+            let bytes = self.paging.entry_bytes() as usize;
+            self.machine.write(|lock| {
+                self.shadow
+                    .track_write(&self.machine, lock, gpa, bytes, value != 0);
+            });
+        }
+        self.note_tables();
+    }
+
+    fn check_hit(&mut self, vcpu: usize, va: u64, kind: Kind, pfn: Pfn) -> Gfn {
+        let gfn = self
+            .ram
+            .owner(pfn)
+            .unwrap_or_else(|| panic!("{va:#x} leads to a page that was taken away"));
+        self.check_allowed(vcpu, va, kind, gfn);
+        if kind.write {
+            assert!(self.ram.backing(gfn).unwrap().writable);
+            self.assert_write_is_seen(gfn);
+            if self.machine.valid_slot(gfn).is_some_and(|s| s.logged.get()) {
+                self.logged_writes.insert(gfn.0);
+            }
+        }
+        gfn
+    }
+
+    /// The guest's tables allow the access, or did when the address was flushed.
+    fn check_allowed(&self, vcpu: usize, va: u64, kind: Kind, gfn: Gfn) {
+        let nothing = Vec::new();
+        let known = self.vcpus[vcpu]
+            .history
+            .get(&(va >> 12))
+            .unwrap_or(&nothing);
+        let allowed = known.iter().any(|one| {
+            // With CR0.WP clear the supervisor writes to read-only pages, too; its
+            // dirty bit is set nevertheless.
+            let without_wp = !self.paging.wp && !kind.user && kind.write && one.gfn == gfn;
+            one.gfn == gfn && one.allows(&self.paging, kind) || without_wp
+        });
+        assert!(
+            allowed,
+            "{kind:?} at {va:#x} must not lead to {gfn:x?}; the guest's tables said {known:x?}"
+        );
+    }
+
+    /// A write to a table that is shadowed does not go unnoticed.
+    fn assert_write_is_seen(&self, gfn: Gfn) {
+        self.machine.write(|lock| {
+            self.shadow.visit_pages(lock, |page| {
+                let shadows = page.gfn == gfn && page.role.has_guest_entries();
+                assert!(
+                    !shadows || page.unsync,
+                    "a shadowed table can be written to: {page:x?}"
+                );
+            });
+        });
+    }
+
+    fn reserved_fault(&mut self, vcpu: usize, va: u64, kind: Kind, spte: Spte) -> Option<Touch> {
+        let format = *self.machine.format();
+        assert!(
+            spte.is_mmio(&format),
+            "an entry with reserved bits: {spte:x?}"
+        );
+        if spte.mmio_generation() != self.generation.get() {
+            return self.page_fault(vcpu, va, kind, true);
+        }
+        let gfn = spte.mmio_gfn(&format);
+        assert!(self.machine.valid_slot(gfn).is_none());
+        // The emulator checks permissions itself; here it is the translation that
+        // counts.
+        let known = self.vcpus[vcpu].history.get(&(va >> 12));
+        assert!(known.is_some_and(|all| all.iter().any(|one| one.gfn == gfn)));
+        Some(Touch::Mmio(gfn))
+    }
+
+    fn page_fault(&mut self, vcpu: usize, va: u64, kind: Kind, present: bool) -> Option<Touch> {
+        self.faults += 1;
+        let (context, seen) = (self.context(vcpu), self.seen());
+        let code = Paging::error_code(kind);
+        let walked = match self.paging.mode {
+            Mode::Bits32 => walk::<Paging32, _>(&seen, &context, va, code),
+            _ => walk::<Paging64, _>(&seen, &context, va, code),
+        };
+        let mut walked = match walked {
+            Ok(walked) => walked,
+            Err(Stop::Fault(_)) => return Some(Touch::Fault),
+            Err(Stop::Retry) => panic!("nobody else changes entries"),
+        };
+        let gfn = walked.gfn;
+        if let Some(slot) = self.machine.valid_slot(gfn) {
+            if present && kind.write && slot.is_tracked(gfn) {
+                let roots = self.vcpus[vcpu].roots.clone().unwrap();
+                self.shadow.clear_flood(&self.machine, roots.as_root(), va);
+                return self.write_protected(gfn, false);
+            }
+            if kind.write && !self.ram.backing(gfn).unwrap().writable {
+                // The host copies the page.
+                self.invalidate(GfnRange::new(gfn, gfn.add(1)), |ram| {
+                    ram.back(gfn, true);
+                });
+            }
+        }
+        let has_slot = self.machine.valid_slot(gfn).is_some();
+        let write_access = walked.access & ACC_WRITE != 0;
+        if kind.write && !write_access && !self.paging.wp && !kind.user && has_slot {
+            walked.write_without_wp(self.paging.smep);
+        }
+        let (outcome, own) = self.map(vcpu, va, kind, &walked);
+        match outcome {
+            Outcome::Fixed | Outcome::Spurious | Outcome::Retry => None,
+            Outcome::OutOfMemory => {
+                self.cache.set((5, 14));
+                None
+            }
+            Outcome::Emulate => {
+                assert!(self.machine.valid_slot(gfn).is_none());
+                Some(Touch::Mmio(gfn))
+            }
+            Outcome::WriteProtected => self.write_protected(gfn, own),
+        }
+    }
+
+    fn write_protected(&mut self, gfn: Gfn, own_table: bool) -> Option<Touch> {
+        if self.unprotect.get() && !own_table {
+            let helped = self
+                .machine
+                .write(|lock| self.shadow.unprotect_gfn(&self.machine, lock, gfn));
+            if helped {
+                return None;
+            }
+        }
+        Some(Touch::Emulated(gfn))
+    }
+
+    /// Serves a fault whose address `walked` translated.
+    pub fn map(&self, vcpu: usize, va: u64, kind: Kind, walked: &GuestWalk) -> (Outcome, bool) {
+        self.with_guest(
+            vcpu,
+            Map {
+                vcpu,
+                va,
+                kind,
+                walked,
+            },
+        )
+    }
+
+    /// A fault on a frame of the guest, before its level is known.
+    pub fn fault(&self, gfn: Gfn, kind: Kind) -> Fault<'_, Slot> {
+        let slot = self.machine.valid_slot(gfn);
+        let backing = self.ram.backing(gfn);
+        Fault {
+            gfn,
+            write: kind.write,
+            exec: kind.exec,
+            prefetch: false,
+            req_level: Level::L4K,
+            goal_level: Level::L4K,
+            max_level: Level::MAX_HUGE,
+            huge_page_disallowed: kind.exec && self.machine.nx.get(),
+            nx_workaround: self.machine.nx.get(),
+            pfn: backing.map_or(Pfn(0), |page| page.pfn),
+            slot,
+            map_writable: backing.is_some_and(|page| page.writable),
+            write_tracked: false,
+            dirty_track: slot.is_some_and(|slot| slot.logged.get()),
+            mmio_generation: self.generation.get(),
+            memtype: 0,
+            is_host_mmio: false,
+        }
+    }
+
+    /// The highest level at which slot and host let a frame be mapped.
+    pub fn max_level(&self, gfn: Gfn) -> Level {
+        let slot = self.machine.valid_slot(gfn);
+        let huge = self.ram.is_huge(gfn)
+            && slot.is_some_and(|slot| !slot.lpage_disallowed(gfn, Level::L2M));
+        if huge {
+            Level::L2M
+        } else {
+            Level::L4K
+        }
+    }
+
+    /// Sets a fault's levels.
+    pub fn adjust(&self, fault: &mut Fault<'_, Slot>, max: Level) {
+        fault.max_level = max;
+        let logged = fault.slot.is_some_and(|slot| slot.logged.get());
+        if fault.slot.is_none() || logged || max == Level::L4K {
+            return;
+        }
+        fault.req_level = self.max_level(fault.gfn).min(max);
+        if fault.huge_page_disallowed {
+            return;
+        }
+        fault.goal_level = fault.req_level;
+        fault.pfn = Pfn(fault.pfn.0 & !fault.goal_level.gfn_mask());
+    }
+}
+
+struct Map<'a> {
+    vcpu: usize,
+    va: u64,
+    kind: Kind,
+    walked: &'a GuestWalk,
+}
+
+impl WithGuest for Map<'_> {
+    type Output = (Outcome, bool);
+
+    fn run<G: GuestTables>(self, vm: &Vm, guest: &G) -> (Outcome, bool) {
+        let walked = self.walked;
+        let roots = vm.vcpus[self.vcpu].roots.as_ref().unwrap();
+        vm.machine.write(|lock| {
+            if vm.shadow.make_available(&vm.machine, lock).is_err() {
+                panic!("there is no room for a fault");
+            }
+            let obsolete = |page: &PagePtr| vm.shadow.is_obsolete(*page);
+            if roots.pages(&vm.machine).iter().any(obsolete) {
+                return (Outcome::Retry, false);
+            }
+            let mut fault = vm.fault(walked.gfn, self.kind);
+            vm.shadow.map_guest(
+                &vm.machine,
+                lock,
+                &mut vm.acting(),
+                guest,
+                roots.as_root(),
+                self.va,
+                walked,
+                &mut fault,
+                |fault| vm.adjust(fault, walked.level),
+            )
+        })
+    }
+}
