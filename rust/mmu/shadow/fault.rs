@@ -19,6 +19,7 @@ use super::{
     Op, Shadow,
 };
 use crate::mmu::{
+    host::Event,
     spte::Spte,
     sync::MmuWrite,
     tdp::{Fault, Outcome},
@@ -307,7 +308,13 @@ impl<'l, H: ShadowHost> Op<'l, H> {
                 self.owe_flush(true);
             }
             if format.mmio_caching {
-                entry.store(Spte::mmio(format, gfn, access, fault.mmio_generation));
+                let spte = Spte::mmio(format, gfn, access, fault.mmio_generation);
+                entry.store(spte);
+                self.host.trace(Event::MmioSet {
+                    cell: entry.cell(),
+                    gfn,
+                    spte,
+                });
             }
             return Outcome::Emulate;
         };

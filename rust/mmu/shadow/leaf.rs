@@ -10,6 +10,7 @@ use super::{
     Op,
 };
 use crate::mmu::{
+    host::Event,
     spte::{leaf_change_needs_flush, LeafArgs, Spte, SpteFormat},
     sync::{atomic::AtomicU64, Flush},
     tdp::Outcome,
@@ -76,6 +77,13 @@ impl<'l, H: ShadowHost> Op<'l, H> {
             self.note_translation(entry, leaf.gfn, leaf.access);
         } else if let Err(NoDesc) = self.install(source, slot, entry, leaf.gfn, leaf.access, new) {
             return Outcome::OutOfMemory;
+        }
+        if new != old {
+            self.host.trace(Event::SpteSet {
+                cell: entry.cell(),
+                gfn: leaf.gfn,
+                level: entry.level(),
+            });
         }
         // The log is harvested under the write lock, so it does not miss this.
         if new.is_writable() && self.host.dirty_logged(slot) {

@@ -195,12 +195,12 @@ impl Page {
     /// See [`Page`].
     #[inline]
     pub(super) fn is_unsync(&self) -> bool {
-        self.unsync.load(Ordering::Relaxed)
+        self.unsync.load(Ordering::Acquire)
     }
 
     #[inline]
     pub(super) fn set_unsync(&self, unsync: bool) {
-        self.unsync.store(unsync, Ordering::Relaxed);
+        self.unsync.store(unsync, Ordering::Release);
     }
 
     /// Some page below this one may be unsync.
@@ -476,6 +476,12 @@ impl<'l> Entry<'l> {
     #[inline]
     pub(super) fn gfn(&self) -> Gfn {
         self.page.gfn_of(self.index)
+    }
+
+    /// Where the entry is.
+    #[inline]
+    pub(super) fn cell(&self) -> &'l AtomicU64 {
+        self.cell
     }
 
     /// How rmaps refer to the entry.

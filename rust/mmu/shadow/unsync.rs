@@ -161,8 +161,10 @@ impl Shadow {
             return;
         }
         host.count(Counter::Unsync, 1);
-        page.set_unsync(true);
+        // The marks first: whoever sees that the page is unsync already makes its
+        // table writable without a look at the marks.
         self.mark_parents_unsync(host, lock, page);
+        page.set_unsync(true);
     }
 
     fn mark_parents_unsync<H: ShadowHost, L: MmuLocked>(&self, host: &H, lock: &L, page: &Page) {

@@ -7,7 +7,7 @@ use super::host::Machine;
 use rmmu_engine::mmu::{
     shadow::{PagePtr, Root},
     sync::atomic::Ordering,
-    Host, Hpa, Level, Pfn, Spte,
+    Host, Hpa, Level, Pfn, Spte, SpteFormat,
 };
 use std::collections::{BTreeSet, HashMap};
 
@@ -107,6 +107,15 @@ impl Tlb {
     pub fn flush_address(&mut self, va: u64) {
         self.leaves
             .retain(|&(base, level), _| base != va >> level.shift());
+    }
+
+    /// A translation is cached by which the host's page can be written to.
+    pub fn may_write(&self, format: &SpteFormat, pfn: Pfn) -> bool {
+        self.leaves.iter().any(|(&(_, level), cached)| {
+            let first = cached.spte.pfn(format).0;
+            let inside = (first..first + level.pages()).contains(&pfn.0);
+            inside && cached.dirty && cached.spte.is_writable()
+        })
     }
 
     /// A pointer to the page may be cached.

@@ -125,6 +125,7 @@ impl Vm {
         Seen {
             ram: &self.ram,
             machine: &self.machine,
+            shadow: &self.shadow,
         }
     }
 

@@ -3,8 +3,11 @@
 //! The guest's memory: what is in it, and which frames of the host back it.
 
 use rmmu_engine::mmu::{
-    shadow::guest::{Exchange, GuestMemory, Width, GROUP},
-    Gfn, Pfn,
+    shadow::{
+        guest::{Exchange, GuestMemory, Width, GROUP},
+        Shadow,
+    },
+    Gfn, Host, Pfn,
 };
 use std::{
     cell::{Cell, RefCell},
@@ -128,6 +131,34 @@ impl Ram {
 pub struct Seen<'a> {
     pub ram: &'a Ram,
     pub machine: &'a super::host::Machine,
+    pub shadow: &'a Shadow,
+}
+
+impl Seen<'_> {
+    /// The engine relies on an entry: if the table's pages are not unsync, no CPU
+    /// may be able to write to it any more.
+    fn assert_settled(&self, gpa: u64) {
+        let gfn = Gfn(gpa >> 12);
+        let format = self.machine.format();
+        let pfn = self.ram.backing(gfn).unwrap().pfn;
+        let tlbs = self.machine.tlbs.borrow();
+        if !tlbs.iter().any(|tlb| tlb.may_write(format, pfn)) {
+            return;
+        }
+        let (mut pages, mut unsync) = (0, 0);
+        self.machine.write(|lock| {
+            self.shadow.visit_pages(lock, |page| {
+                if page.gfn == gfn && page.role.has_guest_entries() {
+                    pages += 1;
+                    unsync += u32::from(page.unsync);
+                }
+            });
+        });
+        assert!(
+            pages == 0 || unsync > 0,
+            "an entry of {gfn:x?} is read that a CPU can still write to unseen"
+        );
+    }
 }
 
 impl GuestMemory for Seen<'_> {
@@ -166,6 +197,7 @@ impl GuestMemory for Seen<'_> {
 
     fn read_now(&self, gpa: u64, width: Width) -> Option<u64> {
         self.page(Gfn(gpa >> 12))?;
+        self.assert_settled(gpa);
         Some(self.ram.load(gpa, width))
     }
 
@@ -175,9 +207,13 @@ impl GuestMemory for Seen<'_> {
             Width::Eight => 8,
         };
         assert_eq!(gpa % (8 * bytes), 0, "a group is aligned");
+        if self.page(Gfn(gpa >> 12)).is_none() {
+            return false;
+        }
+        self.assert_settled(gpa);
         for (i, place) in group.iter_mut().enumerate() {
             *place = self.ram.load(gpa + bytes * i as u64, width);
         }
-        self.machine.valid_slot(Gfn(gpa >> 12)).is_some()
+        true
     }
 }
