@@ -49,9 +49,10 @@ class Tally:
     def record(self, test, mode, who, result):
         self.table.setdefault((test, mode), {})[who] = result
 
-    def write_table(self, path):
+    def write_table(self, path, about):
+        """The table, under a comment that says what it is about."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = ["test\tmode\tin_tree\trmmu"]
+        lines = [f"# {about}", "test\tmode\tin_tree\trmmu"]
         for (test, mode), row in self.table.items():
             lines.append(f"{test}\t{mode}\t{row.get('in_tree', '-')}\t{row.get('rmmu', '-')}")
         path.write_text("\n".join(lines) + "\n")

@@ -40,18 +40,26 @@ def load():
     ]
 
 
-def select(tests, owning, slow, pattern):
+# How much to do: which tests, by their tags.
+EFFORTS = {
+    "normal": lambda tags: not tags & {"slow", "long"},
+    "slow": lambda tags: "long" not in tags,
+    "long": lambda tags: "long" in tags,
+}
+
+
+def select(tests, owning, effort, pattern):
     """The tests of a list that this run wants; `owning` when rmmu serves the VMs."""
     return [test for test in tests
             if (owning or "rmmu" not in test.tags)
-            and (slow or "slow" not in test.tags)
+            and EFFORTS[effort](test.tags)
             and (not pattern or pattern in test.name or fnmatch.fnmatch(test.name, pattern))]
 
 
-def run(environment, suite, mode, module, tally, logs, slow=False, pattern=None):
+def run(environment, suite, mode, module, tally, logs, effort="normal", pattern=None):
     """Run a suite in a mode, on rmmu when there is a module; results go into the tally."""
     who = "rmmu" if module else "in-tree"
-    tests = select(suite.tests, bool(module) and testvm.MODES[mode].owning, slow, pattern)
+    tests = select(suite.tests, bool(module) and testvm.MODES[mode].owning, effort, pattern)
     plain = [test for test in tests if "demo" not in test.tags]
     with_guest = [test for test in tests if "demo" in test.tags]
     for group, files in ((plain, []), (with_guest, guest.files)):

@@ -9,6 +9,7 @@ comma-separated or "-". The tags:
   errors   provokes errors, so error-level messages of rmmu are no failure
   no-vm    may pass without rmmu having served a VM
   slow     runs in `make check-all` only
+  long     takes many minutes; runs with `scripts/check --long` only
   alone    gets a VM boot of its own, because it leaves the machine in another state
   demo     needs QEMU and a guest's kernel in the VM
   retry    fails now and then on in-tree KVM too, so it may be tried again
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import ui
 
-TAGS = {"nested", "rmmu", "errors", "no-vm", "slow", "alone", "demo", "retry"}
+TAGS = {"nested", "rmmu", "errors", "no-vm", "slow", "long", "alone", "demo", "retry"}
 RESULTS = {"PASS", "FAIL", "SKIP", "TIMEOUT"}
 # In a column of rmmu: what in-tree KVM does.
 SAME = "="
