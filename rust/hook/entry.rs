@@ -143,16 +143,16 @@ vcpu_handlers! {
     }
 
     /// The guest loads CR3, or the context changes.
-    fn rmmu_kvm_mmu_new_pgd(vcpu, vm, _new_pgd: u64) -> () = (), { vm.new_pgd(vcpu) }
+    fn rmmu_kvm_mmu_new_pgd(vcpu, vm, new_pgd: u64) -> () = (), { vm.new_pgd(vcpu, new_pgd) }
 
     /// Drops roots that were invalidated.
     fn rmmu_kvm_mmu_free_obsolete_roots(vcpu, vm) -> () = (), { vm.free_obsolete_roots(vcpu) }
 
-    /// Direct roots have no guest tables to be in sync with.
-    fn rmmu_kvm_mmu_sync_roots(_vcpu, _vm) -> () = (), {}
+    /// The guest flushes its TLB: what it wrote to its tables counts from now on.
+    fn rmmu_kvm_mmu_sync_roots(vcpu, vm) -> () = (), { vm.sync_roots(vcpu) }
 
-    /// As above.
-    fn rmmu_kvm_mmu_sync_prev_roots(_vcpu, _vm) -> () = (), {}
+    /// The same for the roots used before.
+    fn rmmu_kvm_mmu_sync_prev_roots(vcpu, vm) -> () = (), { vm.sync_previous_roots(vcpu) }
 
     /// A stage-2 fault.
     fn rmmu_kvm_mmu_page_fault(vcpu, vm, gpa: u64, error_code: u64, insn: *mut c_void, len: c_int) -> c_int = 0, {
@@ -162,11 +162,16 @@ vcpu_handlers! {
     /// A page that was on its way in is there.
     fn rmmu_kvm_arch_async_page_ready(vcpu, vm, work: *mut kvm_async_pf) -> () = (), {
         // SAFETY: KVM passes a work item that is complete, and keeps it while we look at it.
-        let (gpa, direct, error_code, wakeup_all) = unsafe {
-            ((*work).cr2_or_gpa, (*work).arch.direct_map, (*work).arch.error_code, (*work).wakeup_all)
+        let (address, arch, wakeup_all) = unsafe {
+            ((*work).cr2_or_gpa, (*work).arch, (*work).wakeup_all)
         };
-        if direct && !wakeup_all {
-            vm.async_page_ready(vcpu, gpa, error_code);
+        if wakeup_all {
+            return;
+        }
+        if arch.direct_map {
+            vm.async_page_ready(vcpu, address, arch.error_code);
+        } else {
+            vm.guest_page_ready(vcpu, address, arch.error_code, arch.cr3 as u64);
         }
     }
 
@@ -177,13 +182,22 @@ vcpu_handlers! {
         vm.pre_fault(vcpu, gpa, size) as c_long
     }
 
-    /// No guest page table is shadowed, so no write to one has to be followed.
-    fn rmmu_kvm_mmu_track_write(_vcpu, _vm, _gpa: u64, _new: *const u8, _bytes: c_int) -> () = (), {}
+    /// An instruction that wrote to the guest's memory was emulated.
+    fn rmmu_kvm_mmu_track_write(vcpu, vm, gpa: u64, _new: *const u8, bytes: c_int) -> () = (), {
+        vm.track_write(vcpu, gpa, usize::try_from(bytes).unwrap_or(0))
+    }
 
-    /// As above: there is nothing to unprotect. KVM only remembers the instruction.
-    fn rmmu___kvm_mmu_unprotect_gfn_and_retry(vcpu, _vm, gpa: u64, always_retry: bool) -> bool = false, {
-        // SAFETY: the function itself, which looks at no table while no guest page table is shadowed.
-        unsafe { orig::unprotect_gfn_and_retry(vcpu.as_ptr(), gpa, always_retry) }
+    /// A write fault on a table may be avoided by no longer shadowing it.
+    fn rmmu___kvm_mmu_unprotect_gfn_and_retry(vcpu, vm, address: u64, always_retry: bool) -> bool = false, {
+        vm.unprotect_and_retry(vcpu, address, always_retry)
+    }
+
+    /// The guest invalidates translations of an address.
+    fn rmmu_kvm_mmu_invalidate_addr(vcpu, vm, mmu: *mut kvm_mmu, addr: u64, roots: c_ulong) -> () = (), {
+        // SAFETY: the function itself, which without roots flushes the TLB and looks at no table.
+        unsafe { orig::kvm_mmu_invalidate_addr(vcpu.as_ptr(), mmu, addr, 0) };
+        // SAFETY: a context of a vCPU that this thread holds.
+        vm.invalidate_addr(vcpu, unsafe { Mmu::from_raw(mmu) }, addr, RootSet(roots as u64))
     }
 
     /// KVM prints the entries of an address it cannot make sense of.
@@ -271,12 +285,15 @@ vm_handlers! {
     /// First half of a fast zap of everything. KVM holds slots_lock, and `mmu_lock` for write.
     fn rmmu___kvm_mmu_zap_all_fast_front_half(kvm, vm) -> () = (), {
         // SAFETY: KVM took the lock before it called.
-        let lock = unsafe { crate::kvm::lock::held_for_write(kvm) };
-        vm.invalidate_roots(kvm, &lock)
+        let mut lock = unsafe { crate::kvm::lock::held_for_write(kvm) };
+        vm.invalidate_roots(kvm, &mut lock)
     }
 
     /// Second half of it.
     fn rmmu_kvm_tdp_mmu_zap_invalidated_roots(kvm, vm, _shared: bool) -> () = (), { vm.zap_invalidated_roots(kvm) }
+
+    /// The quota of shadow pages changes.
+    fn rmmu_kvm_mmu_change_mmu_pages(kvm, vm, pages: c_ulong) -> () = (), { vm.set_max_pages(kvm, pages as u64) }
 
     /// Write-protects a slot for dirty logging.
     fn rmmu_kvm_mmu_slot_remove_write_access(kvm, vm, slot: *const kvm_memory_slot, level: c_int) -> () = (), {

@@ -29,9 +29,11 @@ RMMU_HOOK(kvm_mmu_sync_prev_roots, VCPU, "void(struct kvm_vcpu *)")
 RMMU_HOOK(kvm_mmu_page_fault, VCPU, "int(struct kvm_vcpu *, gpa_t, u64, void *, int)")
 RMMU_HOOK(kvm_arch_async_page_ready, VCPU, "void(struct kvm_vcpu *, struct kvm_async_pf *)")
 RMMU_HOOK(kvm_arch_vcpu_pre_fault_memory, VCPU, "long int(struct kvm_vcpu *, struct kvm_pre_fault_memory *)")
-/* The shadow MMU's entry points: nothing to do for a VM whose roots are all direct */
+/* Keeping shadow pages in step with the guest's tables */
 RMMU_HOOK(kvm_mmu_track_write, VCPU, "void(struct kvm_vcpu *, gpa_t, const u8 *, int)")
 RMMU_HOOK(__kvm_mmu_unprotect_gfn_and_retry, VCPU, "bool(struct kvm_vcpu *, gpa_t, bool)")
+RMMU_HOOK(kvm_mmu_invalidate_addr, VCPU, "void(struct kvm_vcpu *, struct kvm_mmu *, u64, long unsigned int)")
+RMMU_HOOK(kvm_mmu_change_mmu_pages, VM, "void(struct kvm *, long unsigned int)")
 RMMU_HOOK(kvm_mmu_print_sptes, VCPU, "void(struct kvm_vcpu *, gpa_t, const char *)")
 /* mmu_notifier */
 RMMU_HOOK(kvm_unmap_gfn_range, VM, "bool(struct kvm *, struct kvm_gfn_range *)")

@@ -249,9 +249,6 @@ fn attach() -> Result {
     }
     pr_info!("hooked {} entry points of kvm.ko\n", patches.len());
     state.patches = Some(patches);
-    if let Ok(Some(reason)) = param::vendor_unsupported() {
-        pr_info!("owns nothing: {}, and there is no legacy MMU yet\n", reason);
-    }
     Ok(())
 }
 

@@ -53,25 +53,37 @@ static LAYOUTS: &[Layout] = layouts! {
     kvm {
         mmu_lock, slots_lock, mm, memslots, nr_memslots_dirty_logging, stat, arch, users_count,
         mmu_invalidate_seq, mmu_invalidate_in_progress, mmu_invalidate_range_start, mmu_invalidate_range_end,
-        manual_dirty_log_protect, debugfs_dentry, srcu, userspace_pid, vm_bugged, vm_dead,
+        manual_dirty_log_protect, debugfs_dentry, srcu, userspace_pid, vm_bugged, vm_dead, slots_arch_lock,
     }
     kvm_arch {
         indirect_shadow_pages, mmu_valid_gen, vm_type, pre_fault_allowed, active_mmu_pages, shadow_mmio_value,
         tdp_mmu_roots, tdp_mmu_pages_lock, disable_nx_huge_pages, nx_huge_page_last, cpu_dirty_log_size,
+        n_max_mmu_pages, mmu_page_hash, mmu_unsync_pages_lock, shadow_root_allocated, split_page_header_cache,
+        split_shadow_page_cache, split_desc_cache,
     }
-    kvm_vm_stat { mmu_shadow_zapped, mmu_shadow_pages, nx_lpage_splits, __bindgen_anon_1.pages }
+    kvm_vm_stat {
+        mmu_shadow_zapped, mmu_pte_write, mmu_pde_zapped, mmu_flooded, mmu_recycled, mmu_cache_miss, mmu_unsync,
+        mmu_shadow_pages, nx_lpage_splits, max_mmu_page_hash_collisions, max_mmu_rmap_size, __bindgen_anon_1.pages,
+    }
     kvm_vcpu { kvm, vcpu_id, requests, stat, arch }
     kvm_vcpu_arch {
         mmu, root_mmu, guest_mmu, nested_mmu, walk_mmu, mmu_shadow_page_cache, mmu_page_header_cache, apf,
-        mmio_gva, mmio_access, mmio_gfn, mmio_gen,
+        mmio_gva, mmio_access, mmio_gfn, mmio_gen, mmu_pte_list_desc_cache, mmu_shadowed_info_cache, pkru, rip, regs_avail,
+        cr4, cr4_guest_owned_bits, last_retry_eip, last_retry_addr, exception, interrupt, nmi_injected,
     }
     kvm_vcpu_stat { pf_taken, pf_fixed, pf_emulate, pf_spurious, pf_fast, pf_mmio_spte_created, tlb_flush }
-    kvm_mmu { page_fault, sync_spte, root, mirror_root_hpa, cpu_role, root_role, prev_roots }
+    kvm_mmu {
+        get_guest_pgd, get_pdptr, page_fault, sync_spte, root, mirror_root_hpa, cpu_role, root_role, pkru_mask, prev_roots,
+        permissions, pae_root, pml4_root, pml5_root, guest_rsvd_check,
+    }
+    rsvd_bits_validate { rsvd_bits_mask, bad_mt_xwr }
+    x86_exception { vector, error_code_valid, error_code, nested_page_fault, async_page_fault, exit_qualification }
     kvm_mmu_root_info { pgd, hpa }
     kvm_mmu_page { tdp_mmu_page, role, gfn, spt, has_mapped_host_mmio, callback_head }
     kvm_mmu_memory_cache { gfp_zero, init_value, kmem_cache, capacity, nobjs, objects }
     kvm_memory_slot { base_gfn, npages, dirty_bitmap, arch, userspace_addr, flags, id, as_id, gmem }
-    kvm_arch_memory_slot { lpage_info, gfn_write_track }
+    kvm_arch_memory_slot { rmap, lpage_info, gfn_write_track }
+    kvm_rmap_head { val }
     kvm_lpage_info { disallow_lpage }
     kvm_memslots { generation }
     kvm_gfn_range { slot, start, end, attr_filter, may_block, lockless }
@@ -79,7 +91,8 @@ static LAYOUTS: &[Layout] = layouts! {
     kvm_arch_async_pf { token, gfn, cr3, direct_map, error_code }
     kvm_pre_fault_memory { gpa, size, flags }
     kvm_host_values { maxphyaddr }
-    kvm_x86_ops { load_mmu_pgd, flush_tlb_current, get_mt_mask }
+    kvm_x86_ops { load_mmu_pgd, flush_tlb_current, get_mt_mask, cache_reg, nested_ops }
+    kvm_x86_nested_ops { write_log_dirty }
     kvm_page_fault { addr, error_code, gfn, pfn, goal_level }
     tracepoint { key }
     ftrace_ops { func, flags, private, direct_call }

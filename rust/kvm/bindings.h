@@ -15,4 +15,5 @@
 #include "kvm_emulate.h"
 #include "kvm_mm.h"
 #include "glue.h"
+#include "shadow_glue.h"
 #include "trace.h"

@@ -14,6 +14,7 @@
 #include "kvm_emulate.h"
 #include "kvm_mm.h"
 #include "glue.h"
+#include "shadow_glue.h"
 
 /* Static in kvm.ko: no header declares them. */
 bool kvm_nx_huge_page_recovery_worker(void *data);
@@ -102,11 +103,16 @@ const unsigned long rmmu_core_len = ARRAY_SIZE(rmmu_core);
 DEFINE_STATIC_CALL_NULL(rmmu_x86_load_mmu_pgd, rmmu_vendor_load_pgd);
 DEFINE_STATIC_CALL_NULL(rmmu_x86_flush_tlb_current, rmmu_vendor_flush_current);
 DEFINE_STATIC_CALL_RET0(rmmu_x86_get_mt_mask, rmmu_vendor_memtype);
+DEFINE_STATIC_CALL_NULL(rmmu_x86_cache_reg, rmmu_vendor_cache_reg);
+DEFINE_STATIC_CALL_RET0(rmmu_x86_write_log_dirty, rmmu_vendor_write_log_dirty);
 
 bool rmmu_bind_vendor(const struct kvm_x86_ops *ops)
 {
 	static_call_update(rmmu_x86_load_mmu_pgd, ops->load_mmu_pgd);
 	static_call_update(rmmu_x86_flush_tlb_current, ops->flush_tlb_current);
+	static_call_update(rmmu_x86_cache_reg, ops->cache_reg);
+	if (ops->nested_ops && ops->nested_ops->write_log_dirty)
+		static_call_update(rmmu_x86_write_log_dirty, ops->nested_ops->write_log_dirty);
 	if (ops->get_mt_mask)
 		static_call_update(rmmu_x86_get_mt_mask, ops->get_mt_mask);
 	return ops->get_mt_mask;

@@ -45,6 +45,12 @@ static_calls! {
     kvm_mmu_invalidate_start = "__SCT__rmmu_call_kvm_mmu_invalidate_start"(*mut kvm);
     kvm_mmu_invalidate_range_add = "__SCT__rmmu_call_kvm_mmu_invalidate_range_add"(*mut kvm, u64, u64);
     kvm_mmu_invalidate_end = "__SCT__rmmu_call_kvm_mmu_invalidate_end"(*mut kvm);
+    kvm_prefetch_pages = "__SCT__rmmu_call_kvm_prefetch_pages"(*mut kvm_memory_slot, u64, *mut *mut page, c_int) -> c_int;
+    kvm_vcpu_read_guest_atomic = "__SCT__rmmu_call_kvm_vcpu_read_guest_atomic"(*mut kvm_vcpu, u64, *mut c_void, usize) -> c_int;
+    kvm_vcpu_mark_page_dirty = "__SCT__rmmu_call_kvm_vcpu_mark_page_dirty"(*mut kvm_vcpu, u64);
+    kvm_vcpu_is_visible_gfn = "__SCT__rmmu_call_kvm_vcpu_is_visible_gfn"(*mut kvm_vcpu, u64) -> bool;
+    kvm_mmu_gva_to_gpa_write = "__SCT__rmmu_call_kvm_mmu_gva_to_gpa_write"(*mut kvm_vcpu, u64, *mut x86_exception) -> u64;
+    __kvm_mmu_topup_memory_cache = "__SCT__rmmu_call___kvm_mmu_topup_memory_cache"(*mut kvm_mmu_memory_cache, c_int, c_int) -> c_int;
 }
 
 /// Operations of the vendor module.
@@ -68,6 +74,6 @@ pub(crate) mod orig {
         kvm_mmu_destroy = "__SCT__rmmu_orig_kvm_mmu_destroy"(*mut kvm_vcpu);
         kvm_mmu_reset_context = "__SCT__rmmu_orig_kvm_mmu_reset_context"(*mut kvm_vcpu);
         kvm_mmu_after_set_cpuid = "__SCT__rmmu_orig_kvm_mmu_after_set_cpuid"(*mut kvm_vcpu);
-        unprotect_gfn_and_retry = "__SCT__rmmu_orig___kvm_mmu_unprotect_gfn_and_retry"(*mut kvm_vcpu, u64, bool) -> bool;
+        kvm_mmu_invalidate_addr = "__SCT__rmmu_orig_kvm_mmu_invalidate_addr"(*mut kvm_vcpu, *mut kvm_mmu, u64, usize);
     }
 }

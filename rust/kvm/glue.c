@@ -28,11 +28,6 @@ struct rmmu_tdp_mmu_key {
 };
 struct rmmu_tdp_mmu_key rmmu_tdp_mmu_key = { STATIC_KEY_TRUE_INIT };
 
-bool rmmu_tdp_mmu_enabled(void)
-{
-	return static_key_enabled(&rmmu_tdp_mmu_key.key.key);
-}
-
 void rmmu_switch_tdp_mmu(bool on)
 {
 	if (on)
@@ -40,6 +35,9 @@ void rmmu_switch_tdp_mmu(bool on)
 	else
 		static_branch_disable(&rmmu_tdp_mmu_key.key);
 }
+
+/* What the user wants; the key says whether KVM's configuration allows it, too. */
+bool rmmu_wants_tdp_mmu = true;
 
 static int rmmu_param_set_tdp_mmu(const char *val, const struct kernel_param *kp)
 {
@@ -51,7 +49,7 @@ static int rmmu_param_set_tdp_mmu(const char *val, const struct kernel_param *kp
 
 static int rmmu_param_get_tdp_mmu(char *buffer, const struct kernel_param *kp)
 {
-	return sysfs_emit(buffer, "%c\n", rmmu_tdp_mmu_enabled() ? 'Y' : 'N');
+	return sysfs_emit(buffer, "%c\n", rmmu_wants_tdp_mmu ? 'Y' : 'N');
 }
 
 static const struct kernel_param_ops rmmu_tdp_mmu_ops = {
@@ -59,7 +57,7 @@ static const struct kernel_param_ops rmmu_tdp_mmu_ops = {
 	.get = rmmu_param_get_tdp_mmu,
 };
 module_param_cb(tdp_mmu, &rmmu_tdp_mmu_ops, NULL, 0644);
-MODULE_PARM_DESC(tdp_mmu, "Use the TDP MMU for new VMs (default 1). Off, no VM is taken. Fixed while VMs of ours exist.");
+MODULE_PARM_DESC(tdp_mmu, "Use the TDP MMU where KVM uses its own (default 1), else the legacy MMU. Fixed while VMs of ours exist.");
 
 /* mmu_lock, RCU, scheduling */
 
@@ -95,9 +93,9 @@ u64 rmmu_memslots_generation(struct kvm_vcpu *vcpu) { return kvm_vcpu_memslots(v
 unsigned int rmmu_nr_address_spaces(struct kvm *kvm) { return kvm_arch_nr_memslot_as_ids(kvm); }
 bool rmmu_mmio_cached(struct kvm_vcpu *vcpu, gpa_t gpa) { return vcpu_match_mmio_gpa(vcpu, gpa); }
 
-void rmmu_mmio_cache(struct kvm_vcpu *vcpu, gfn_t gfn, unsigned int access)
+void rmmu_mmio_cache(struct kvm_vcpu *vcpu, u64 gva, gfn_t gfn, unsigned int access)
 {
-	vcpu_cache_mmio_info(vcpu, 0, gfn, access);
+	vcpu_cache_mmio_info(vcpu, gva, gfn, access);
 }
 
 void rmmu_mmio_forget(struct kvm_vcpu *vcpu) { vcpu_clear_mmio_info(vcpu, MMIO_GVA_ANY); }
@@ -290,6 +288,7 @@ RMMU_SHOW_VM(owner);
 RMMU_SHOW_VM(pages);
 RMMU_SHOW_VM(tables);
 RMMU_SHOW_VM(faults);
+RMMU_SHOW_VM(shadow);
 RMMU_SHOW_VM(page_table);
 
 struct dentry *rmmu_debugfs_init(void)
@@ -311,6 +310,7 @@ struct dentry *rmmu_debugfs_add_vm(const char *name, void *vm)
 	debugfs_create_file("pages", 0444, dir, vm, &rmmu_pages_fops);
 	debugfs_create_file("tables", 0444, dir, vm, &rmmu_tables_fops);
 	debugfs_create_file("faults", 0444, dir, vm, &rmmu_faults_fops);
+	debugfs_create_file("shadow", 0444, dir, vm, &rmmu_shadow_fops);
 	debugfs_create_file("page_table", 0444, dir, vm, &rmmu_page_table_fops);
 	return dir;
 }

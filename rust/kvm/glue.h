@@ -39,7 +39,7 @@ extern char rmmu_owner_mark;
 
 /* Module parameters */
 extern bool rmmu_own_new_vms;
-bool rmmu_tdp_mmu_enabled(void);
+extern bool rmmu_wants_tdp_mmu;
 int rmmu_set_tdp_mmu(bool on);		/* Rust: refuses while owned VMs exist */
 void rmmu_switch_tdp_mmu(bool on);
 
@@ -66,7 +66,7 @@ bool rmmu_invalidate_retry_unsafe(struct kvm *kvm, unsigned long seq, gfn_t gfn)
 u64 rmmu_memslots_generation(struct kvm_vcpu *vcpu);
 unsigned int rmmu_nr_address_spaces(struct kvm *kvm);
 bool rmmu_mmio_cached(struct kvm_vcpu *vcpu, gpa_t gpa);
-void rmmu_mmio_cache(struct kvm_vcpu *vcpu, gfn_t gfn, unsigned int access);
+void rmmu_mmio_cache(struct kvm_vcpu *vcpu, u64 gva, gfn_t gfn, unsigned int access);
 void rmmu_mmio_forget(struct kvm_vcpu *vcpu);
 bool rmmu_guest_mode(struct kvm_vcpu *vcpu);
 bool rmmu_mmu_is_nested(struct kvm_vcpu *vcpu);
@@ -127,6 +127,7 @@ void rmmu_show_owner(struct seq_file *m, void *vm);
 void rmmu_show_pages(struct seq_file *m, void *vm);
 void rmmu_show_tables(struct seq_file *m, void *vm);
 void rmmu_show_faults(struct seq_file *m, void *vm);
+void rmmu_show_shadow(struct seq_file *m, void *vm);
 void rmmu_show_page_table(struct seq_file *m, void *vm);
 
 #endif

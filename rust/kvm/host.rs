@@ -3,16 +3,22 @@
 //! KVM as the engine's [`Host`].
 
 use crate::{
-    kvm::{bindings, lock::RcuGuard, param, slot::Slot, table, trace, vm::Kvm},
+    kvm::{
+        bindings, lock::RcuGuard, param, shadow::ShadowStats, slot::Slot, table, trace, vm::Kvm,
+    },
     mmu::{
         host::{Event, Host},
         spte::SpteFormat,
         sync::{MmuRead, MmuWrite},
-        table::TablePtr,
+        table::{Entries, TablePtr},
+        tdp::Tdp,
         types::{Gfn, GfnRange, Hpa, Level},
     },
 };
-use core::sync::atomic::{AtomicI64, Ordering};
+use core::{
+    ptr::NonNull,
+    sync::atomic::{AtomicI64, Ordering},
+};
 use kernel::prelude::*;
 
 /// One VM, for the engine.
@@ -22,8 +28,14 @@ pub struct KvmHost<'a> {
     pub kvm: &'a Kvm,
     /// The format of its entries.
     pub format: &'a SpteFormat,
-    /// Tables that are linked below roots.
+    /// Tables that are linked below roots, and shadow pages.
     pub tables: &'a AtomicI64,
+    /// The TDP MMU, if it is in use.
+    pub tdp: Option<&'a Tdp>,
+    /// What the shadow MMU counts for us.
+    pub shadow_stats: &'a ShadowStats,
+    /// KVM uses nested paging.
+    pub tdp_enabled: bool,
 }
 
 // SAFETY: `alloc_table` adopts fresh memory; RCU frees go through call_rcu(); the header of a table page is found through
@@ -51,7 +63,13 @@ unsafe impl Host for KvmHost<'_> {
         // SAFETY: the engine asks for tables that its entries point to, which live.
         let header = unsafe { bindings::rmmu_table_header(hpa.0) };
         // SAFETY: the private word of a table page is its header, never null.
-        unsafe { TablePtr::from_raw(core::ptr::NonNull::new_unchecked(header.cast())) }
+        unsafe { TablePtr::from_raw(NonNull::new_unchecked(header.cast())) }
+    }
+
+    #[inline]
+    fn entries_of(&self, hpa: Hpa) -> NonNull<Entries> {
+        // SAFETY: the address of a live page of entries, which is in the kernel's own mapping of memory.
+        unsafe { NonNull::new_unchecked(bindings::rmmu_va(hpa.0).cast()) }
     }
 
     fn alloc_table(&self) -> Option<TablePtr> {

@@ -63,6 +63,11 @@ impl Drop for WriteGuard<'_> {
     }
 }
 
+/// A guard of `mmu_lock`, held one way or the other.
+pub trait HeldLock {}
+impl HeldLock for ReadGuard<'_> {}
+impl HeldLock for WriteGuard<'_> {}
+
 /// Proof of a lock that KVM took before it called us.
 ///
 /// # Safety

@@ -29,6 +29,18 @@ pub fn tdp_mmu() -> bool {
     !unsafe { kernel::jump_label::arch_static_branch!(rmmu_tdp_mmu_key, TdpMmuKey, key, true) }
 }
 
+/// Whether the TDP MMU is to be used where it can be: our parameter.
+pub fn wants_tdp_mmu() -> bool {
+    // SAFETY: a byte that is written while no VM of ours exists or comes to be; read once.
+    unsafe { (&raw const bindings::rmmu_wants_tdp_mmu).read_volatile() }
+}
+
+/// Sets our parameter. No owned VM exists or comes to be.
+pub fn set_wants_tdp_mmu(on: bool) {
+    // SAFETY: readers read the byte once.
+    unsafe { (&raw mut bindings::rmmu_wants_tdp_mmu).write_volatile(on) }
+}
+
 /// Switches the key. No owned VM may exist.
 pub fn switch_tdp_mmu(on: bool) {
     // SAFETY: process context.
@@ -69,6 +81,7 @@ impl<T: Copy + Default> Variable<T> {
 
 static NX_HUGE_PAGES: Variable<i32> = Variable::new();
 static EAGER_PAGE_SPLIT: Variable<bool> = Variable::new();
+static FLUSH_ON_REUSE: Variable<bool> = Variable::new();
 static NX_RECOVERY_RATIO: Variable<u32> = Variable::new();
 static NX_RECOVERY_PERIOD: Variable<u32> = Variable::new();
 static MAX_HUGE_LEVEL: AtomicUsize = AtomicUsize::new(1);
@@ -77,6 +90,7 @@ static MAX_HUGE_LEVEL: AtomicUsize = AtomicUsize::new(1);
 pub fn bind() -> Result {
     NX_HUGE_PAGES.bind(c"nx_huge_pages")?;
     EAGER_PAGE_SPLIT.bind(c"eager_page_split")?;
+    FLUSH_ON_REUSE.bind(c"force_flush_and_sync_on_reuse")?;
     NX_RECOVERY_RATIO.bind(c"nx_huge_pages_recovery_ratio")?;
     NX_RECOVERY_PERIOD.bind(c"nx_huge_pages_recovery_period_ms")?;
     let cache = symbols::require_kvm(c"mmu_page_header_cache")?;
@@ -118,37 +132,26 @@ pub fn eager_page_split() -> bool {
     EAGER_PAGE_SPLIT.read()
 }
 
+/// kvm's `flush_on_reuse`.
+pub fn flush_on_reuse() -> bool {
+    FLUSH_ON_REUSE.read()
+}
+
 /// The highest level that the hardware maps.
 pub fn max_huge_level() -> Level {
     Level::new(MAX_HUGE_LEVEL.load(Ordering::Relaxed) as u8).unwrap_or(Level::L4K)
 }
 
-/// Why kvm.ko's configuration leaves us nothing to do, if so.
-pub fn unsupported() -> Result<Option<&'static str>> {
-    // SAFETY: both are `bool` in kvm.ko.
-    let (tdp, tdp_mmu) = unsafe {
-        (
-            symbols::read_kvm::<bool>(c"tdp_enabled")?,
-            symbols::read_kvm::<bool>(c"tdp_mmu_enabled")?,
-        )
-    };
-    Ok(if !tdp {
-        Some("KVM runs without nested paging (npt=0 or ept=0)")
-    } else if !tdp_mmu {
-        Some("kvm's parameter tdp_mmu is 0")
-    } else {
-        None
-    })
+/// KVM uses nested paging.
+pub fn tdp_enabled() -> Result<bool> {
+    // SAFETY: a `bool` in kvm.ko.
+    unsafe { symbols::read_kvm::<bool>(c"tdp_enabled") }
 }
 
-/// The same, as soon as it is decided: a vendor module is loaded.
-pub fn vendor_unsupported() -> Result<Option<&'static str>> {
-    let ops = symbols::require_kvm(c"kvm_x86_ops")? as *const bindings::kvm_x86_ops;
-    // SAFETY: kvm.ko's table of operations, all zeroes until a vendor module fills it in.
-    if unsafe { (&raw const (*ops).name).read_volatile() }.is_null() {
-        return Ok(None);
-    }
-    unsupported()
+/// KVM uses its TDP MMU where it can.
+pub fn kvm_tdp_mmu() -> Result<bool> {
+    // SAFETY: a `bool` in kvm.ko.
+    unsafe { symbols::read_kvm::<bool>(c"tdp_mmu_enabled") }
 }
 
 /// Binds the vendor module's operations. Returns whether it matters if a page is a device's: for memory types, memory
@@ -218,7 +221,8 @@ pub fn spte_format(kvm: &Kvm) -> Result<SpteFormat> {
         ad_enabled,
         mmio_caching,
         pml: kvm.cpu_dirty_log_size() != 0,
-        max_gfn: Gfn((1u64 << (physical_bits - 12)) - 1),
+        // Without nested paging, entries are found by guest virtual addresses, and MMIO entries can have any frame.
+        max_gfn: Gfn((1u64 << (if tdp_enabled()? { physical_bits } else { 52 } - 12)) - 1),
     })
 }
 

@@ -6,6 +6,7 @@ use crate::{
     kvm::{bindings, calls, vm::Kvm},
     mmu::types::{Gfn, GfnRange, Level},
 };
+use core::sync::atomic::AtomicU64;
 use kernel::types::Opaque;
 
 /// A memory slot, protected by KVM's SRCU or slots_lock for as long as a handler runs.
@@ -76,6 +77,35 @@ impl Slot {
     pub fn write_tracked(&self, kvm: &Kvm, gfn: Gfn) -> bool {
         // SAFETY: both live, and the frame is in the slot.
         unsafe { calls::kvm_gfn_is_write_tracked(kvm.as_ptr(), self.as_ptr(), gfn.0) }
+    }
+
+    /// Counts who wants writes to `gfn`, which lies in the slot, tracked. `mmu_lock` is held for write.
+    pub fn track_writes(&self, gfn: Gfn, delta: i32) {
+        // SAFETY: the slot lives, has its counters since the first shadow root, and the frame is in it.
+        unsafe { bindings::rmmu_slot_track_writes(self.as_ptr(), gfn.0, delta) }
+    }
+
+    /// Counts reasons for not mapping `gfn`, which lies in the slot, by a huge page. `mmu_lock` is held for write.
+    pub fn disallow_lpage(&self, gfn: Gfn, delta: i32) {
+        // SAFETY: the slot lives, and the frame is in it.
+        unsafe { bindings::rmmu_slot_disallow_lpage(self.as_ptr(), gfn.0, delta) }
+    }
+
+    /// Whether nothing forbids a huge page at `gfn`, which lies in the slot, in either address space.
+    pub fn lpage_allowed(&self, kvm: &Kvm, gfn: Gfn) -> bool {
+        // SAFETY: both live, and whoever has the slot keeps the others, too.
+        unsafe { bindings::rmmu_lpage_allowed(kvm.as_ptr(), self.as_ptr(), gfn.0) }
+    }
+
+    /// The head of the reverse map of `gfn`, for entries of `level`; none if the slot has no maps, or not this frame.
+    pub fn rmap(&self, gfn: Gfn, level: Level) -> Option<&AtomicU64> {
+        if level > Level::MAX_HUGE {
+            return None;
+        }
+        // SAFETY: the slot lives; the frame is checked there.
+        let head = unsafe { bindings::rmmu_slot_rmap(self.as_ptr(), gfn.0, level.get().into()) };
+        // SAFETY: a word that lives as long as the slot, and that KVM reads as an atomic.
+        unsafe { head.cast::<AtomicU64>().as_ref() }
     }
 
     /// Marks `gfn` in the dirty log.

@@ -8,10 +8,11 @@
 //! carries the table to its end.
 
 use crate::{
-    kvm::{bindings, vcpu::Vcpu},
+    kvm::{bindings, shadow, vcpu::Vcpu},
     mmu::{
         host::TableSource,
         role::Role,
+        shadow::PagePtr,
         table::{Entries, Table, TablePtr, HOST_MMIO_OFFSET},
         types::Hpa,
     },
@@ -28,6 +29,11 @@ const _: () = assert!(HOST_MMIO_OFFSET == offset_of!(bindings::kvm_mmu_page, has
 
 /// Table pages of all VMs that have not been freed, roots and those that wait for a grace period included.
 static LIVE: AtomicI64 = AtomicI64::new(0);
+
+/// Counts table pages that came (positive) or went.
+pub(super) fn count_live(delta: i64) {
+    LIVE.fetch_add(delta, Ordering::Relaxed);
+}
 
 /// Table pages that exist.
 pub fn live() -> i64 {
@@ -51,7 +57,7 @@ unsafe fn join(header: NonNull<c_void>, page: NonNull<c_void>) -> TablePtr {
         bindings::rmmu_table_join(header.as_ptr(), page.as_ptr());
         bindings::rmmu_pa(page.as_ptr())
     };
-    LIVE.fetch_add(1, Ordering::Relaxed);
+    count_live(1);
     // SAFETY: the caller promises a zeroed header of the size asserted above and a page that are nobody else's.
     unsafe { TablePtr::adopt(header.cast::<Table>(), page.cast::<Entries>(), Hpa(hpa)) }
 }
@@ -83,7 +89,7 @@ pub(super) unsafe fn free_now(table: TablePtr) {
         bindings::rmmu_page_free(page);
         bindings::rmmu_header_free(table.as_ptr().as_ptr().cast());
     }
-    LIVE.fetch_sub(1, Ordering::Relaxed);
+    count_live(-1);
 }
 
 /// Frees a table after a grace period.
@@ -96,12 +102,19 @@ pub(super) unsafe fn free_rcu(table: TablePtr) {
     unsafe { bindings::rmmu_table_free_rcu(table.as_ptr().as_ptr().cast()) }
 }
 
-/// The grace period of a table is over.
+/// The grace period of a table, or of a shadow page, is over.
 #[no_mangle]
 extern "C" fn rmmu_table_freed(header: *mut c_void) {
-    if let Some(header) = NonNull::new(header) {
-        // SAFETY: handed to call_rcu() by `free_rcu`, whose caller promised that nothing but readers could reach it.
-        unsafe { free_now(TablePtr::from_raw(header.cast())) }
+    let Some(header) = NonNull::new(header) else {
+        return;
+    };
+    // SAFETY: handed to call_rcu(), with the promise that nothing but readers could reach it.
+    unsafe {
+        if shadow::is_shadow(header) {
+            shadow::free_now(PagePtr::from_raw(header.cast()));
+        } else {
+            free_now(TablePtr::from_raw(header.cast()));
+        }
     }
 }
 

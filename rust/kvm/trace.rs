@@ -165,13 +165,13 @@ pub fn fast_page_fault(
     }
 }
 
-/// `handle_mmio_page_fault`: an access to an address whose entry says MMIO. Its address is a guest virtual one, which a
+/// `handle_mmio_page_fault`: an access to an address whose entry says MMIO. The address is a guest virtual one, which a
 /// direct fault does not know: 0.
 #[inline]
-pub fn handle_mmio_page_fault(gfn: Gfn, access: u64) {
+pub fn handle_mmio_page_fault(gva: u64, gfn: Gfn, access: u64) {
     if on(bindings::rmmu_event_RMMU_EVENT_handle_mmio_page_fault) {
         // SAFETY: no precondition.
-        unsafe { bindings::rmmu_trace_handle_mmio_page_fault(0, gfn.0, access as u32) }
+        unsafe { bindings::rmmu_trace_handle_mmio_page_fault(gva, gfn.0, access as u32) }
     }
 }
 

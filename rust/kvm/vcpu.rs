@@ -27,8 +27,13 @@ const INVALID_PAGE: u64 = u64::MAX;
 impl RootSet {
     /// The root in use and all previous ones.
     pub const ALL: RootSet = RootSet(u64::MAX);
+    /// The root in use.
+    pub const IN_USE: RootSet = RootSet(1);
+    /// The previous ones.
+    pub const PREVIOUS: RootSet = RootSet(u64::MAX - 1);
 
-    fn has(self, bit: u32) -> bool {
+    /// Whether a root is in the set: number 0 is the one in use.
+    pub fn has(self, bit: u32) -> bool {
         self.0 & 1u64.wrapping_shl(bit) != 0
     }
 }
@@ -42,6 +47,11 @@ impl Mmu {
     pub unsafe fn from_raw<'a>(mmu: *mut bindings::kvm_mmu) -> &'a Mmu {
         // SAFETY: a transparent wrapper; the caller promises the rest.
         unsafe { &*mmu.cast() }
+    }
+
+    /// KVM's pointer.
+    pub fn as_ptr(&self) -> *mut bindings::kvm_mmu {
+        self.0.get()
     }
 
     /// Whether the root maps guest physical addresses, not a guest's own tables.
@@ -80,13 +90,132 @@ impl Mmu {
         (hpa != INVALID_PAGE).then_some(Hpa(hpa))
     }
 
-    /// Sets the root in use, or none.
-    pub fn set_root(&self, root: Option<Hpa>) {
+    /// Sets the root in use, or none, and what the guest's root register holds for it (0 for direct roots).
+    pub fn set_root(&self, root: Option<Hpa>, pgd: u64) {
         // SAFETY: the context lives and is this thread's.
         unsafe {
             (*self.0.get()).root.hpa = root.map_or(INVALID_PAGE, |hpa| hpa.0);
-            (*self.0.get()).root.pgd = 0;
+            (*self.0.get()).root.pgd = pgd;
         }
+    }
+
+    /// The roots used before.
+    pub fn previous_roots(&self) -> impl Iterator<Item = Option<Hpa>> {
+        // SAFETY: the context lives and is this thread's.
+        let roots = unsafe { (*self.0.get()).prev_roots };
+        roots
+            .into_iter()
+            .map(|root| (root.hpa != INVALID_PAGE).then_some(Hpa(root.hpa)))
+    }
+
+    /// Makes a root that `usable` accepts, by address and root register, the one in use.
+    ///
+    /// The one in use until now, if there is one, becomes the first of the previous roots; the last of these is then in use
+    /// if none is usable. Without one in use, the previous roots move up.
+    pub fn switch_root(&self, mut usable: impl FnMut(Hpa, u64) -> bool) -> bool {
+        // SAFETY: the context lives and is this thread's, and no other reference into it exists.
+        let (root, previous) =
+            unsafe { (&mut (*self.0.get()).root, &mut (*self.0.get()).prev_roots) };
+        let mut fits = |root: &bindings::kvm_mmu_root_info| {
+            root.hpa != INVALID_PAGE && usable(Hpa(root.hpa), root.pgd)
+        };
+        if root.hpa != INVALID_PAGE {
+            if fits(root) {
+                return true;
+            }
+            for other in previous.iter_mut() {
+                core::mem::swap(root, other);
+                if fits(root) {
+                    return true;
+                }
+            }
+            return false;
+        }
+        let Some(found) = previous.iter().position(&mut fits) else {
+            return false;
+        };
+        if let Some(tail) = previous.get_mut(found..) {
+            if let Some(hit) = tail.first() {
+                *root = *hit;
+            }
+            tail.rotate_left(1);
+            if let Some(last) = tail.last_mut() {
+                last.hpa = INVALID_PAGE;
+            }
+        }
+        true
+    }
+
+    /// The four entries of PAE paging, if this context has them.
+    pub fn pae_entries(&self) -> Option<[u64; 4]> {
+        // SAFETY: the context lives and is this thread's; the page, if there is one, is as old as the context or made by
+        // `alloc_special_roots`.
+        unsafe {
+            (*self.0.get())
+                .pae_root
+                .cast::<[u64; 4]>()
+                .as_ref()
+                .copied()
+        }
+    }
+
+    /// Sets these entries; nothing happens if this context has none.
+    pub fn set_pae_entries(&self, entries: [u64; 4]) {
+        // SAFETY: as above. The hardware reads each of them whole.
+        unsafe {
+            let to = (*self.0.get()).pae_root;
+            if !to.is_null() {
+                for (index, entry) in entries.into_iter().enumerate() {
+                    to.add(index).write_volatile(entry);
+                }
+            }
+        }
+    }
+
+    /// Makes the pages above the four PAE entries, and the page of these: for a nested guest's tables of two or three
+    /// levels, when the hardware's have four or five. They last as long as the context. Sleeps.
+    pub fn alloc_special_roots(&self, level: Level) -> Result {
+        let mmu = self.0.get();
+        // SAFETY: the context lives and is this thread's.
+        let (pae, pml4, pml5) = unsafe {
+            (
+                &mut (*mmu).pae_root,
+                &mut (*mmu).pml4_root,
+                &mut (*mmu).pml5_root,
+            )
+        };
+        for (root, needed) in [(pae, true), (pml4, true), (pml5, level == Level::L256T)] {
+            if needed && root.is_null() {
+                // SAFETY: no precondition. KVM frees the page with the context.
+                *root = unsafe { bindings::rmmu_zeroed_page() }.cast();
+                if root.is_null() {
+                    return Err(ENOMEM);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Links the PAE entries to the pages above them, if the hardware has levels there, and returns the root: none if this
+    /// context has no such pages. `bits` are what an entry needs besides an address.
+    pub fn link_pae_root(&self, level: Level, bits: u64) -> Option<Hpa> {
+        let mmu = self.0.get();
+        // SAFETY: the context lives and is this thread's.
+        let (pae, pml4, pml5) = unsafe { ((*mmu).pae_root, (*mmu).pml4_root, (*mmu).pml5_root) };
+        let address = |page: *mut u64| -> Option<u64> {
+            // SAFETY: a page of the kernel's memory.
+            (!page.is_null()).then(|| unsafe { bindings::rmmu_pa(page.cast()) })
+        };
+        let mut root = address(pae)?;
+        for (page, at) in [(pml4, Level::L512G), (pml5, Level::L256T)] {
+            if level >= at {
+                let above = address(page)?;
+                // SAFETY: the page is this context's.
+                unsafe { page.write_volatile(root | bits) };
+                root = above;
+            }
+        }
+        Some(Hpa(root))
     }
 
     /// Hands every root of `set` for which `drop_it` says so to `sink`, and forgets it.
@@ -97,8 +226,8 @@ impl Mmu {
         mut sink: impl FnMut(Hpa),
     ) {
         if let Some(root) = self.root().filter(|&hpa| set.has(0) && drop_it(hpa)) {
-            self.set_root(None);
             sink(root);
+            self.set_root(None, 0);
         }
         // SAFETY: the context lives and is this thread's.
         let previous = unsafe { &mut (*self.0.get()).prev_roots };
@@ -168,6 +297,11 @@ impl Vcpu {
     pub fn guest_mmu(&self) -> &Mmu {
         // SAFETY: part of the vCPU, which lives.
         unsafe { Mmu::from_raw(&raw mut (*self.as_ptr()).arch.guest_mmu) }
+    }
+
+    /// Whether it is the context of a nested guest's tables.
+    pub fn is_guest_mmu(&self, mmu: &Mmu) -> bool {
+        core::ptr::eq(mmu, self.guest_mmu())
     }
 
     /// Fills the caches that tables of one fault come from. Sleeps.
@@ -254,16 +388,28 @@ impl Vcpu {
         unsafe { bindings::rmmu_mmio_cached(self.as_ptr(), gpa) }
     }
 
-    /// Remembers `gfn` as MMIO.
-    pub fn mmio_cache(&self, gfn: Gfn, access: u64) {
+    /// Whether the guest virtual address `gva` is the MMIO address that was emulated last.
+    pub fn mmio_cached_gva(&self, gva: u64) -> bool {
         // SAFETY: as above.
-        unsafe { bindings::rmmu_mmio_cache(self.as_ptr(), gfn.0, access as u32) }
+        unsafe { bindings::rmmu_mmio_cached_gva(self.as_ptr(), gva) }
+    }
+
+    /// Remembers `gfn` as MMIO, and the guest virtual address it was reached by; 0 if that is not known.
+    pub fn mmio_cache(&self, gva: u64, gfn: Gfn, access: u64) {
+        // SAFETY: as above.
+        unsafe { bindings::rmmu_mmio_cache(self.as_ptr(), gva, gfn.0, access as u32) }
     }
 
     /// Forgets it.
     pub fn mmio_forget(&self) {
         // SAFETY: as above.
         unsafe { bindings::rmmu_mmio_forget(self.as_ptr()) }
+    }
+
+    /// Forgets it if it is at this guest virtual address.
+    pub fn mmio_forget_gva(&self, gva: u64) {
+        // SAFETY: as above.
+        unsafe { bindings::rmmu_mmio_forget_gva(self.as_ptr(), gva) }
     }
 
     /// Whether the vCPU runs a nested guest.
@@ -288,6 +434,66 @@ impl Vcpu {
     pub fn memory_fault_exit(&self, gfn: Gfn, write: bool, exec: bool) {
         // SAFETY: as above.
         unsafe { bindings::rmmu_memory_fault_exit(self.as_ptr(), gfn.0, write, exec) }
+    }
+
+    /// Lets the next entry bring the roots up to date.
+    pub fn request_sync(&self) {
+        // SAFETY: the vCPU lives.
+        unsafe { bindings::rmmu_request_sync(self.as_ptr()) }
+    }
+
+    /// Lets the next entry flush this vCPU's translations.
+    pub fn request_flush(&self) {
+        // SAFETY: the vCPU lives.
+        unsafe { bindings::rmmu_request_flush(self.as_ptr()) }
+    }
+
+    /// Lets the next entry drop obsolete roots.
+    pub fn request_free_obsolete_roots(&self) {
+        // SAFETY: the vCPU lives.
+        unsafe { bindings::rmmu_request_free_obsolete_roots(self.as_ptr()) }
+    }
+
+    /// Whether it is to do so.
+    pub fn free_obsolete_roots_pending(&self) -> bool {
+        // SAFETY: the vCPU lives.
+        unsafe { bindings::rmmu_free_obsolete_roots_pending(self.as_ptr()) }
+    }
+
+    /// Whether the instruction at this place was let go on before for a fault at this address.
+    pub fn was_retried(&self, address: u64) -> bool {
+        // SAFETY: the vCPU is loaded by this thread.
+        unsafe {
+            let arch = &raw const (*self.as_ptr()).arch;
+            (*arch).last_retry_eip == bindings::rmmu_rip(self.as_ptr())
+                && (*arch).last_retry_addr == address as usize
+        }
+    }
+
+    /// Notes that it is let go on.
+    pub fn note_retry(&self, address: u64) {
+        // SAFETY: the vCPU is loaded by this thread.
+        unsafe {
+            let arch = &raw mut (*self.as_ptr()).arch;
+            (*arch).last_retry_eip = bindings::rmmu_rip(self.as_ptr());
+            (*arch).last_retry_addr = address as usize;
+        }
+    }
+
+    /// Forgets that.
+    pub fn forget_retry(&self) {
+        // SAFETY: the vCPU is this thread's.
+        unsafe {
+            let arch = &raw mut (*self.as_ptr()).arch;
+            (*arch).last_retry_eip = 0;
+            (*arch).last_retry_addr = 0;
+        }
+    }
+
+    /// Whether an event whose delivery the fault interrupted waits to be delivered again.
+    pub fn event_needs_reinjection(&self) -> bool {
+        // SAFETY: the vCPU is this thread's.
+        unsafe { bindings::rmmu_event_needs_reinjection(self.as_ptr()) }
     }
 
     /// Lets the next entry load the root again.
@@ -327,7 +533,15 @@ impl Vcpu {
     }
 
     /// Starts to bring a frame in while the guest goes on. False if that cannot be.
-    pub fn setup_async_pf(&self, gpa: u64, gfn: Gfn, error_code: u64) -> bool {
+    ///
+    /// `address` is what faulted, and `root` what the guest's root register holds, none for a direct root.
+    pub fn setup_async_pf(
+        &self,
+        address: u64,
+        gfn: Gfn,
+        error_code: u64,
+        root: Option<u64>,
+    ) -> bool {
         // SAFETY: the vCPU is this thread's, and so are its token counter and `arch`, which KVM copies.
         unsafe {
             let vcpu = self.as_ptr();
@@ -339,15 +553,21 @@ impl Vcpu {
             let mut arch = bindings::kvm_arch_async_pf {
                 token: ((*id) << 12) | (*vcpu).vcpu_id as u32,
                 gfn: gfn.0,
-                cr3: usize::MAX,
-                direct_map: true,
+                cr3: root.map_or(usize::MAX, |root| root as usize),
+                direct_map: root.is_none(),
                 error_code,
             };
             *id = (*id).wrapping_add(1);
             let hva = calls::kvm_vcpu_gfn_to_hva(vcpu, gfn.0);
-            calls::kvm_setup_async_pf(vcpu, gpa, hva, &mut arch)
+            calls::kvm_setup_async_pf(vcpu, address, hva, &mut arch)
         }
     }
+}
+
+/// The root of a guest whose own root is no memory: a page of zeroes.
+pub fn dummy_root() -> Hpa {
+    // SAFETY: no precondition.
+    Hpa(unsafe { bindings::rmmu_dummy_root() })
 }
 
 /// Whether a signal is pending for this thread.

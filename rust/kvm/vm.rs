@@ -11,9 +11,16 @@
 //! [`rmmu_owner_mark`], which no list entry ever has, and `tdp_mmu_roots.prev` our own data of the VM. Both are put back
 //! before in-tree code tears the VM down.
 
-use crate::kvm::{bindings, calls, lock::ReadGuard, lock::WriteGuard};
+use crate::{
+    kvm::{
+        bindings, calls,
+        lock::{HeldLock, ReadGuard, WriteGuard},
+        slot::Slot,
+    },
+    mmu::types::{Gfn, GfnRange},
+};
 use core::{ffi::c_void, ptr::addr_of_mut, sync::atomic::AtomicI64, sync::atomic::Ordering};
-use kernel::{prelude::*, str::CStr, types::Opaque};
+use kernel::{error::to_result, prelude::*, str::CStr, types::Opaque};
 
 /// Its address marks VMs that are ours; its value means nothing. The stubs compare with it.
 #[no_mangle]
@@ -175,7 +182,7 @@ impl Kvm {
     }
 
     /// The same, exactly: `mmu_lock` is held, so that no invalidation begins or ends meanwhile.
-    pub fn invalidate_retry(&self, _lock: &ReadGuard<'_>, seq: usize, gfn: u64) -> bool {
+    pub fn invalidate_retry<L: HeldLock>(&self, _lock: &L, seq: usize, gfn: u64) -> bool {
         // SAFETY: the VM lives and the lock is held.
         unsafe { bindings::rmmu_invalidate_retry(self.as_ptr(), seq, gfn) }
     }
@@ -310,6 +317,82 @@ impl Kvm {
     pub fn gfn_dirty_tracked(&self, smm: bool, gfn: u64) -> bool {
         // SAFETY: the VM lives, and SRCU keeps the slots.
         unsafe { bindings::rmmu_gfn_dirty_tracked(self.as_ptr(), smm, gfn) }
+    }
+
+    /// The slot of a frame. Whoever asks is in an SRCU section or holds slots_lock, for as long as the slot is used.
+    pub fn find_slot(&self, smm: bool, gfn: Gfn) -> Option<&Slot> {
+        if smm && self.address_spaces() < 2 {
+            return None;
+        }
+        // SAFETY: the VM lives, has that address space, and the caller keeps the slots.
+        unsafe { Slot::from_raw(bindings::rmmu_find_slot(self.as_ptr(), smm, gfn.0)) }
+    }
+
+    /// Calls `f` with each slot that has a frame of the range, in both address spaces. slots_lock or SRCU is held.
+    pub fn for_each_slot(&self, range: GfnRange, mut f: impl FnMut(&Slot)) {
+        for smm in [false, true] {
+            if smm && self.address_spaces() < 2 {
+                return;
+            }
+            let mut start = range.start;
+            while start < range.end {
+                // SAFETY: the VM lives, and the caller keeps the slots.
+                let slot = unsafe {
+                    Slot::from_raw(bindings::rmmu_next_slot(
+                        self.as_ptr(),
+                        smm,
+                        start.0,
+                        range.end.0,
+                    ))
+                };
+                let Some(slot) = slot else { break };
+                f(slot);
+                start = slot.range().end;
+            }
+        }
+    }
+
+    /// Whether all slots have what a shadow root needs.
+    pub fn has_slot_metadata(&self) -> bool {
+        // SAFETY: the VM lives.
+        unsafe { bindings::rmmu_shadow_root_allocated(self.as_ptr()) }
+    }
+
+    /// Runs `f`, and then allocates for all slots, those made from now on included, what a shadow root needs: the reverse
+    /// maps, and the counters of tracked writes. One thread at a time. Sleeps.
+    pub fn alloc_slot_metadata(&self, f: impl FnOnce() -> Result) -> Result {
+        // SAFETY: the VM lives; the lock is dropped below.
+        unsafe { bindings::rmmu_slots_arch_lock(self.as_ptr()) };
+        let result = f().and_then(|()| {
+            // SAFETY: the lock is held, so that no slot comes without what it needs.
+            to_result(unsafe { bindings::rmmu_alloc_slot_metadata(self.as_ptr()) })
+        });
+        // SAFETY: as above.
+        unsafe {
+            if result.is_ok() {
+                bindings::rmmu_set_shadow_root_allocated(self.as_ptr());
+            }
+            bindings::rmmu_slots_arch_unlock(self.as_ptr());
+        }
+        result
+    }
+
+    /// The quota of shadow pages, as KVM and userspace set it.
+    pub fn max_mmu_pages(&self) -> u64 {
+        // SAFETY: a word that changes under mmu_lock.
+        unsafe { (&raw const (*self.as_ptr()).arch.n_max_mmu_pages).read_volatile() as u64 }
+    }
+
+    /// Notes the quota for KVM. `mmu_lock` is held for write.
+    pub fn set_max_mmu_pages(&self, _lock: &WriteGuard<'_>, pages: u64) {
+        // SAFETY: as above, and the lock is held.
+        unsafe { (*self.as_ptr()).arch.n_max_mmu_pages = pages as usize }
+    }
+
+    /// Whether mappings of the host are being invalidated. `mmu_lock` is held.
+    pub fn invalidating_now(&self) -> bool {
+        // SAFETY: a word that changes under mmu_lock.
+        unsafe { (*self.as_ptr()).mmu_invalidate_in_progress != 0 }
     }
 
     /// A broken invariant: warns once, and the VM runs no more.

@@ -190,9 +190,32 @@ unsafe extern "C" fn rmmu_show_faults(m: *mut bindings::seq_file, data: *mut c_v
         ("retry", &faults.retry),
         ("mmio", &faults.mmio),
         ("emulate", &faults.emulate),
+        ("guest", &faults.guest),
         ("error", &faults.error),
     ] {
         seq_print!(m, "{} {}\n", name, counter.load(Ordering::Relaxed));
+    }
+}
+
+/// The file `shadow`.
+///
+/// # Safety
+///
+/// Called by debugfs, with the file's data.
+#[no_mangle]
+unsafe extern "C" fn rmmu_show_shadow(m: *mut bindings::seq_file, data: *mut c_void) {
+    // SAFETY: called by debugfs.
+    let (m, vm) = unsafe { (seq(m), vm(data)) };
+    let stats = &vm.shadow_stats;
+    for (name, value) in [
+        ("pages", vm.shadow.pages()),
+        ("max_pages", vm.shadow.max_pages()),
+        ("indirect", vm.shadow.indirect_pages()),
+        ("synced", stats.synced.load(Ordering::Relaxed)),
+        ("prefetched", stats.prefetched.load(Ordering::Relaxed)),
+        ("nested_splits", stats.nested_splits.load(Ordering::Relaxed)),
+    ] {
+        seq_print!(m, "{} {}\n", name, value);
     }
 }
 

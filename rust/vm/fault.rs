@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Stage-2 faults, from the exit to the entry that resolves them.
+//! Page faults, from the exit to the entry that resolves them.
 //!
-//! [`Vm::page_fault`] is where a fault comes in. The way of an ordinary one:
+//! [`Vm::page_fault`] is where a fault comes in. The way of an ordinary one, which the TDP MMU serves:
 //!
 //! 1. `fast`: an entry that is there and only lacks write access (or an accessed bit) is fixed without a lock;
 //! 2. `fault_in`: the host's page, looked up before any lock, with the count of invalidations noted first;
@@ -10,12 +10,17 @@
 //!    again; else the engine installs the entry.
 //!
 //! A write to a page the host or the slot does not let the guest write, and an access to no slot at all, is emulated.
+//!
+//! Faults that the shadow MMU serves are in [`shadow`](super::shadow), and come by here for all that is the same.
 
-use super::Vm;
+use super::{shadow::AfterProtection, Vm};
+use crate::kvm::bindings::{EMULTYPE_ALLOW_RETRY_PF, EMULTYPE_PF, EMULTYPE_WRITE_PF_TO_SP};
 use crate::{
     kvm::{
         page::{self, HostPage, Lookup, NoPage},
-        param, table, trace,
+        param,
+        shadow::{root_kind, RootKind},
+        table, trace,
         vcpu::{self, FaultStat, Vcpu},
         Slot,
     },
@@ -41,6 +46,9 @@ mod ret {
     pub(super) const SPURIOUS: i32 = RET_PF_SPURIOUS as i32;
 }
 
+/// The generation of the slots is about to change (`KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS`).
+const UPDATE_IN_PROGRESS: u64 = 1 << 63;
+
 /// Error codes of stage-2 faults (AMD APM volume 2, 15.25.6; KVM translates those of EPT into them).
 mod pferr {
     pub(super) const PRESENT: u64 = 1 << 0;
@@ -52,20 +60,22 @@ mod pferr {
 
 /// A fault, decoded.
 #[derive(Clone, Copy)]
-struct Access {
-    gpa: u64,
-    gfn: Gfn,
-    error_code: u64,
-    write: bool,
-    exec: bool,
-    prefetch: bool,
+pub(super) struct Access {
+    /// What the CPU says: a guest physical address, or, if the guest's tables are shadowed, the one these translate.
+    pub(super) address: u64,
+    /// The frame; if the guest's tables are shadowed, of what they translate to.
+    pub(super) gfn: Gfn,
+    pub(super) error_code: u64,
+    pub(super) write: bool,
+    pub(super) exec: bool,
+    pub(super) prefetch: bool,
 }
 
 impl Access {
-    fn new(gpa: u64, error_code: u64, prefetch: bool) -> Access {
+    pub(super) fn new(address: u64, error_code: u64, prefetch: bool) -> Access {
         Access {
-            gpa,
-            gfn: Gfn(gpa >> PAGE_SHIFT),
+            address,
+            gfn: Gfn(address >> PAGE_SHIFT),
             error_code,
             write: error_code & pferr::WRITE != 0,
             exec: error_code & pferr::FETCH != 0,
@@ -80,15 +90,33 @@ impl Access {
 
 /// How a fault ended.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Handled {
+pub(super) enum Handled {
     Fixed,
     Fast,
     Spurious,
     Retry,
+    /// The guest's own tables forbid the access, and the guest has been told.
+    Injected,
     /// There is no memory: the access is a device's.
     Mmio,
     /// The guest may not write, and the write is emulated.
     Emulate,
+    /// Writes to the frame must be seen. The write may have hit a table that this write itself used.
+    WriteProtected {
+        own_table: bool,
+    },
+}
+
+/// What backs a frame.
+pub(super) enum Backing<'s> {
+    /// The host's page, which was looked up after the count of invalidations.
+    Page {
+        slot: &'s Slot,
+        page: HostPage,
+        seq: usize,
+    },
+    /// Nothing: an MMIO entry is to be installed.
+    Mmio { seq: usize },
 }
 
 fn bump(counter: &AtomicU64) {
@@ -110,6 +138,7 @@ impl Vm {
             return EIO.to_errno();
         };
         let access = Access::new(gpa, error_code, false);
+        let emulate = |kind: u32| vcpu.emulate(gpa, kind as i32, insn, len);
         if access.has(pferr::RSVD) {
             match self.mmio_fault(vcpu, &access) {
                 Some(Handled::Retry) => {
@@ -119,19 +148,34 @@ impl Vm {
                 // KVM does not count a known MMIO access as an emulated fault.
                 Some(_) => {
                     bump(&self.faults.mmio);
-                    return self.emulate(vcpu, &access, insn, len);
+                    return emulate(EMULTYPE_PF);
                 }
                 None => {}
             }
         }
         vcpu.count(FaultStat::Taken);
-        let handled = match self.handle(vcpu, &access, &mut Level::L4K.clone()) {
+        let mut handled = match self.handle(vcpu, &access, &mut Level::L4K.clone()) {
             Ok(handled) => handled,
             Err(error) => {
                 bump(&self.faults.error);
                 return error.to_errno();
             }
         };
+        let mut emulation = EMULTYPE_PF;
+        if let Handled::WriteProtected { own_table } = handled {
+            if own_table {
+                emulation |= EMULTYPE_WRITE_PF_TO_SP;
+            }
+            handled = match self.write_protected(vcpu, &access) {
+                AfterProtection::Retry => Handled::Retry,
+                AfterProtection::Emulate { may_retry } => {
+                    if may_retry {
+                        emulation |= EMULTYPE_ALLOW_RETRY_PF;
+                    }
+                    Handled::Emulate
+                }
+            };
+        }
         match handled {
             Handled::Fixed => {
                 vcpu.count(FaultStat::Fixed);
@@ -153,25 +197,21 @@ impl Vm {
                 bump(&self.faults.retry);
                 ret::RETRY
             }
-            Handled::Mmio | Handled::Emulate => {
+            Handled::Injected => {
+                bump(&self.faults.guest);
+                ret::RETRY
+            }
+            Handled::Mmio => {
                 vcpu.count(FaultStat::Emulate);
-                bump(if handled == Handled::Mmio {
-                    &self.faults.mmio
-                } else {
-                    &self.faults.emulate
-                });
-                self.emulate(vcpu, &access, insn, len)
+                bump(&self.faults.mmio);
+                emulate(emulation)
+            }
+            Handled::Emulate | Handled::WriteProtected { .. } => {
+                vcpu.count(FaultStat::Emulate);
+                bump(&self.faults.emulate);
+                emulate(emulation)
             }
         }
-    }
-
-    fn emulate(&self, vcpu: &Vcpu, access: &Access, insn: *mut c_void, len: i32) -> i32 {
-        vcpu.emulate(
-            access.gpa,
-            crate::kvm::bindings::EMULTYPE_PF as i32,
-            insn,
-            len,
-        )
     }
 
     /// A page that was on its way in is there: map it before the guest asks again; `kvm_arch_async_page_ready()`.
@@ -198,7 +238,8 @@ impl Vm {
     }
 
     fn try_pre_fault(&self, vcpu: &Vcpu, gpa: u64) -> Result<Level> {
-        if !self.kvm.pre_fault_allowed() || !vcpu.mmu().direct() {
+        let direct = self.tdp_enabled && vcpu.mmu().direct();
+        if !self.kvm.pre_fault_allowed() || !direct {
             return Err(crate::kvm::not_supported());
         }
         self.reload(vcpu)?;
@@ -213,15 +254,18 @@ impl Vm {
             vcpu::cond_resched();
             let mut level = Level::L4K;
             match self.handle(vcpu, &access, &mut level)? {
-                Handled::Retry => self.reload(vcpu)?,
-                Handled::Fixed | Handled::Fast | Handled::Spurious => return Ok(level),
+                Handled::Retry | Handled::Injected => self.reload(vcpu)?,
+                Handled::Fixed
+                | Handled::Fast
+                | Handled::Spurious
+                | Handled::WriteProtected { .. } => return Ok(level),
                 Handled::Mmio | Handled::Emulate => return Err(ENOENT),
             }
         }
     }
 
     /// Makes sure that the vCPU has a root that is not obsolete.
-    fn reload(&self, vcpu: &Vcpu) -> Result {
+    pub(super) fn reload(&self, vcpu: &Vcpu) -> Result {
         if vcpu.take_free_obsolete_roots() {
             self.free_obsolete_roots(vcpu);
         }
@@ -233,92 +277,151 @@ impl Vm {
 
     /// A fault with reserved bits: an MMIO entry. `None` if the entry is stale and the fault is an ordinary one.
     fn mmio_fault(&self, vcpu: &Vcpu, access: &Access) -> Option<Handled> {
-        if !vcpu.mmu_is_nested() && vcpu.mmio_cached(access.gpa) {
+        let mmu = vcpu.mmu();
+        let direct = mmu.direct();
+        // What is cached are the guest's addresses, not those of its guest.
+        let cached = !vcpu.mmu_is_nested()
+            && if direct {
+                vcpu.mmio_cached(access.address)
+            } else {
+                vcpu.mmio_cached_gva(access.address)
+            };
+        if cached {
             return Some(Handled::Mmio);
         }
-        let root = vcpu.mmu().root().and_then(|hpa| self.root_table(hpa))?;
-        let mut path = [Spte::NONPRESENT; 6];
-        let (level, _) = self.tdp.walk(&self.host(), root, access.gfn, &mut path)?;
-        let spte = path
-            .get(usize::from(level.get()))
-            .copied()
-            .unwrap_or(Spte::NONPRESENT);
+        let spte = self.lowest_entry(vcpu, access.address)?;
         if !spte.is_mmio(&self.format) {
             // Zapped or replaced since.
             return Some(Handled::Retry);
         }
-        let generation = vcpu.memslots_generation() & Spte::MMIO_GEN_MASK;
-        trace::check_mmio_spte(spte, generation);
-        if spte.mmio_generation() != generation {
+        let generation = vcpu.memslots_generation();
+        trace::check_mmio_spte(spte, generation & Spte::MMIO_GEN_MASK);
+        if generation & UPDATE_IN_PROGRESS != 0
+            || spte.mmio_generation() != generation & Spte::MMIO_GEN_MASK
+        {
             return None;
         }
+        let gva = if direct { 0 } else { access.address };
         let (gfn, granted) = (spte.mmio_gfn(&self.format), spte.mmio_access(&self.format));
-        trace::handle_mmio_page_fault(gfn, granted);
-        vcpu.mmio_cache(gfn, granted);
+        trace::handle_mmio_page_fault(gva, gfn, granted);
+        vcpu.mmio_cache(gva, gfn, granted);
         Some(Handled::Mmio)
+    }
+
+    /// The entries on the way to `address` below the vCPU's root: lowest level and highest.
+    fn walk_root(&self, vcpu: &Vcpu, address: u64, path: &mut [Spte; 6]) -> Option<(Level, Level)> {
+        let mmu = vcpu.mmu();
+        match root_kind(mmu.root()?) {
+            RootKind::Tdp(root) => {
+                let gfn = Gfn(address >> PAGE_SHIFT);
+                self.tdp.walk(&self.host(), root, gfn, path)
+            }
+            _ => {
+                let root = self.shadow_root(mmu)?;
+                self.shadow.walk(&self.host(), root.start(), address, path)
+            }
+        }
+    }
+
+    fn lowest_entry(&self, vcpu: &Vcpu, address: u64) -> Option<Spte> {
+        let mut path = [Spte::NONPRESENT; 6];
+        let (level, _) = self.walk_root(vcpu, address, &mut path)?;
+        path.get(usize::from(level.get())).copied()
     }
 
     /// Handles a fault; `level` is where the frame is mapped in the end.
     fn handle(&self, vcpu: &Vcpu, access: &Access, level: &mut Level) -> Result<Handled> {
+        if !vcpu.mmu().direct() {
+            return self.guest_fault(vcpu, access, level);
+        }
         if !param::tdp_mmu() {
-            // The key is fixed while VMs of ours exist, and none is taken without it: the legacy MMU's place.
-            return Err(crate::kvm::not_supported());
+            return self.direct_fault(vcpu, access, level);
         }
         let slot = vcpu.slot(access.gfn);
-        if let Some(slot) = slot {
-            let tracked = access.write && access.has(pferr::PRESENT) && !access.has(pferr::RSVD);
-            if tracked && slot.write_tracked(self.kvm, access.gfn) {
-                return Ok(Handled::Emulate);
-            }
+        if self.writes_tracked_frame(access, slot) {
+            return Ok(Handled::WriteProtected { own_table: false });
         }
         if let Some(handled) = self.fast(vcpu, access, slot) {
             return Ok(handled);
         }
         vcpu.topup_table_caches()?;
+        match self.back(vcpu, access, slot, 0, ACC_ALL) {
+            Ok(Backing::Page { slot, page, seq }) => {
+                self.map_page(vcpu, access, slot, page, seq, level)
+            }
+            Ok(Backing::Mmio { .. }) => self.map_mmio(vcpu, access),
+            Err(handled) => handled,
+        }
+    }
+
+    /// What backs the frame; or how the fault ends without that. Sleeps.
+    ///
+    /// An access to no memory is remembered, with the guest virtual address (0 if the fault has none) and what the guest's
+    /// tables allow.
+    #[inline(always)]
+    pub(super) fn back<'s>(
+        &self,
+        vcpu: &Vcpu,
+        access: &Access,
+        slot: Option<&'s Slot>,
+        gva: u64,
+        allowed: u8,
+    ) -> Result<Backing<'s>, Result<Handled>> {
         let seq = self.kvm.invalidate_seq();
+        let mmio = || {
+            let allowed = u64::from(allowed) & self.format.mmio_access_mask;
+            vcpu.mmio_cache(gva, access.gfn, allowed);
+            // Entries for addresses the host does not have are impossible.
+            if !self.format.mmio_caching || access.gfn > self.format.max_gfn {
+                return Err(Ok(Handled::Mmio));
+            }
+            Ok(Backing::Mmio { seq })
+        };
         let Some(slot) = slot else {
-            return self.map_mmio(vcpu, access);
+            return mmio();
         };
         if slot.invalid() {
             // On its way out; the slots that follow are not there yet.
-            return if access.prefetch {
+            return Err(if access.prefetch {
                 Err(EAGAIN)
             } else {
                 Ok(Handled::Retry)
-            };
+            });
         }
         if slot.is_apic_access_page() {
             // A nested guest has no APIC page of its own, and without APICv the page is a device.
             if vcpu.guest_mode() {
-                return self.map_mmio(vcpu, access);
+                return mmio();
             }
             if !self.kvm.apicv_activated() {
-                return Ok(Handled::Mmio);
+                return Err(Ok(Handled::Mmio));
             }
         }
         if self.kvm.invalidate_retry_hint(seq, access.gfn.0) {
-            return Ok(Handled::Retry);
+            return Err(Ok(Handled::Retry));
         }
-        let page = match self.fault_in(vcpu, access, slot) {
-            Ok(page) => page,
-            Err(handled) => return handled,
-        };
+        let page = self.fault_in(vcpu, access, slot)?;
         if self.kvm.invalidate_retry_hint(seq, access.gfn.0) {
             page.release_unused();
-            return Ok(Handled::Retry);
+            return Err(Ok(Handled::Retry));
         }
-        self.map_page(vcpu, access, slot, page, seq, level)
+        Ok(Backing::Page { slot, page, seq })
     }
 
-    /// Fixes a present entry without a lock, if that is all it takes.
-    fn fast(&self, vcpu: &Vcpu, access: &Access, slot: Option<&Slot>) -> Option<Handled> {
+    /// The fault may be one of a present entry that a change of bits fixes.
+    pub(super) fn can_be_fast(&self, access: &Access) -> bool {
         let possible = if access.has(pferr::PRESENT) {
             access.write
         } else {
             // Without A/D bits, an entry that is there can be marked non-present to see whether it is used.
             !self.format.ad_enabled
         };
-        if !possible || access.has(pferr::RSVD) {
+        possible && !access.has(pferr::RSVD)
+    }
+
+    /// Fixes a present entry without a lock, if that is all it takes.
+    fn fast(&self, vcpu: &Vcpu, access: &Access, slot: Option<&Slot>) -> Option<Handled> {
+        if !self.can_be_fast(access) {
             return None;
         }
         let root = vcpu.mmu().root().and_then(|hpa| self.root_table(hpa))?;
@@ -337,7 +440,7 @@ impl Vm {
                     FastOutcome::Fixed => ret::FIXED,
                     FastOutcome::Spurious => ret::SPURIOUS,
                 };
-                trace::fast_page_fault(vcpu, access.gpa, access.error_code, cell, old, ret);
+                trace::fast_page_fault(vcpu, access.address, access.error_code, cell, old, ret);
             },
         );
         let handled = match outcome {
@@ -378,13 +481,14 @@ impl Vm {
         let mut page = lookup(true);
         if matches!(page, Err(NoPage::NeedsIo)) {
             if !access.prefetch && vcpu.can_do_async_pf() {
-                trace::try_async_get_page(access.gpa, access.gfn);
+                trace::try_async_get_page(access.address, access.gfn);
                 if vcpu.async_pf_pending(access.gfn) {
-                    trace::async_pf_repeated_fault(access.gpa, access.gfn);
+                    trace::async_pf_repeated_fault(access.address, access.gfn);
                     vcpu.request_apf_halt();
                     return Err(Ok(Handled::Retry));
                 }
-                if vcpu.setup_async_pf(access.gpa, access.gfn, access.error_code) {
+                let root = (!vcpu.mmu().direct()).then(|| vcpu.guest_root());
+                if vcpu.setup_async_pf(access.address, access.gfn, access.error_code, root) {
                     return Err(Ok(Handled::Retry));
                 }
             }
@@ -406,21 +510,9 @@ impl Vm {
         })
     }
 
-    /// An access to no memory: remember that in an MMIO entry, if the hardware can, and emulate.
+    /// An access to no memory: remember that in an MMIO entry, and emulate.
     fn map_mmio(&self, vcpu: &Vcpu, access: &Access) -> Result<Handled> {
-        vcpu.mmio_cache(
-            access.gfn,
-            u64::from(ACC_ALL) & self.format.mmio_access_mask,
-        );
-        // Entries for addresses the host does not have are impossible.
-        if !self.format.mmio_caching || access.gfn > self.format.max_gfn {
-            return Ok(Handled::Mmio);
-        }
-        let mut fault = Fault {
-            slot: None,
-            pfn: crate::mmu::types::Pfn(0),
-            ..self.fault_for(vcpu, access)
-        };
+        let mut fault = self.fault_for(vcpu, access);
         let mut lock = self.kvm.read_lock();
         let Some(root) = self.current_root(vcpu) else {
             return Ok(Handled::Retry);
@@ -444,7 +536,8 @@ impl Vm {
         }
     }
 
-    fn fault_for<'s>(&self, vcpu: &Vcpu, access: &Access) -> Fault<'s, Slot> {
+    /// A fault of which nothing is known yet.
+    pub(super) fn fault_for<'s>(&self, vcpu: &Vcpu, access: &Access) -> Fault<'s, Slot> {
         Fault {
             gfn: access.gfn,
             write: access.write,
@@ -482,21 +575,7 @@ impl Vm {
         seq: usize,
         level: &mut Level,
     ) -> Result<Handled> {
-        let host_mmio = self.host_mmio_matters && page::is_host_mmio(page.pfn);
-        let mut fault = Fault {
-            slot: Some(slot),
-            pfn: page.pfn,
-            map_writable: page.writable,
-            max_level: page.max_level.min(param::max_huge_level()),
-            dirty_track: slot.dirty_tracked(),
-            memtype: if self.host_mmio_matters {
-                page::memtype(vcpu, access.gfn, host_mmio)
-            } else {
-                0
-            },
-            is_host_mmio: host_mmio,
-            ..self.fault_for(vcpu, access)
-        };
+        let mut fault = self.fault_of_page(vcpu, self.fault_for(vcpu, access), slot, &page);
         let mut lock = self.kvm.read_lock();
         // Under the lock an invalidation can neither begin nor end: what was looked up is still true, or is thrown away.
         let root = match self.current_root(vcpu) {
@@ -506,7 +585,17 @@ impl Vm {
                 return Ok(Handled::Retry);
             }
         };
-        fault.write_tracked = slot.write_tracked(self.kvm, access.gfn);
+        // A frame that is a table of a nested hypervisor's: its shadow must know that it may be written to from now on.
+        fault.write_tracked = self
+            .shadow
+            .try_unsync(
+                &self.host(),
+                lock.token(),
+                slot,
+                access.gfn,
+                access.prefetch,
+            )
+            .is_err();
         self.choose_level(slot, &mut fault);
         trace::spte_requested(
             fault.gfn,
@@ -531,13 +620,40 @@ impl Vm {
             Outcome::Fixed => Ok(Handled::Fixed),
             Outcome::Spurious => Ok(Handled::Spurious),
             Outcome::Retry => Ok(Handled::Retry),
-            Outcome::Emulate | Outcome::WriteProtected => Ok(Handled::Emulate),
+            Outcome::Emulate => Ok(Handled::Emulate),
+            Outcome::WriteProtected => Ok(Handled::WriteProtected { own_table: false }),
             Outcome::OutOfMemory => Err(ENOMEM),
         }
     }
 
+    /// The same fault, when the host's page is known.
+    #[inline(always)]
+    pub(super) fn fault_of_page<'s>(
+        &self,
+        vcpu: &Vcpu,
+        fault: Fault<'s, Slot>,
+        slot: &'s Slot,
+        page: &HostPage,
+    ) -> Fault<'s, Slot> {
+        let host_mmio = self.host_mmio_matters && page::is_host_mmio(page.pfn);
+        Fault {
+            slot: Some(slot),
+            pfn: page.pfn,
+            map_writable: page.writable,
+            max_level: page.max_level.min(param::max_huge_level()),
+            dirty_track: slot.dirty_tracked(),
+            memtype: if self.host_mmio_matters {
+                page::memtype(vcpu, fault.gfn, host_mmio)
+            } else {
+                0
+            },
+            is_host_mmio: host_mmio,
+            ..fault
+        }
+    }
+
     /// The level to map at: as high as slot, host and the NX mitigation allow.
-    fn choose_level(&self, slot: &Slot, fault: &mut Fault<'_, Slot>) {
+    pub(super) fn choose_level(&self, slot: &Slot, fault: &mut Fault<'_, Slot>) {
         fault.huge_page_disallowed = fault.exec && fault.nx_workaround;
         if fault.max_level == Level::L4K || fault.dirty_track {
             return;
@@ -552,14 +668,8 @@ impl Vm {
 
     /// Prints the entries on the way to `gpa`; `kvm_mmu_print_sptes()`.
     pub fn print_sptes(&self, vcpu: &Vcpu, gpa: u64) {
-        let Some(root) = vcpu.mmu().root().and_then(|hpa| self.root_table(hpa)) else {
-            return;
-        };
         let mut path = [Spte::NONPRESENT; 6];
-        let Some((lowest, top)) =
-            self.tdp
-                .walk(&self.host(), root, Gfn(gpa >> PAGE_SHIFT), &mut path)
-        else {
+        let Some((lowest, top)) = self.walk_root(vcpu, gpa, &mut path) else {
             return;
         };
         pr_err!("entries on the way to gpa {:#x}:\n", gpa);

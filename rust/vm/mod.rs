@@ -6,7 +6,9 @@
 //! this module, which is the last thing it drops. The handlers of the entry points are methods of [`Vm`]:
 //!
 //! - `fault`: page faults, MMIO, pre-fault, async page faults;
+//! - `shadow`: faults that the shadow MMU serves;
 //! - `roots`: loading, dropping and invalidating roots;
+//! - `shadow_roots`: roots of the shadow MMU, and keeping them in step with the guest's tables;
 //! - `slots`: memory slots, the mmu notifier, zapping;
 //! - `dirty`: dirty logging and huge pages;
 //! - `debugfs`: what the user can look at.
@@ -15,13 +17,21 @@ mod debugfs;
 mod dirty;
 mod fault;
 mod roots;
+mod shadow;
+mod shadow_roots;
 mod slots;
 
 use crate::{
-    kvm::{bindings, host::KvmHost, param, table, Kvm},
-    mmu::{spte::SpteFormat, tdp::Tdp},
+    kvm::{
+        bindings,
+        host::KvmHost,
+        param,
+        shadow::{free_buckets, ShadowStats},
+        table, Kvm,
+    },
+    mmu::{shadow::Shadow, spte::SpteFormat, tdp::Tdp},
 };
-use core::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use kernel::prelude::*;
 
 pub use debugfs::{exit as debugfs_exit, init as debugfs_init};
@@ -35,6 +45,7 @@ struct FaultCounters {
     retry: AtomicU64,
     mmio: AtomicU64,
     emulate: AtomicU64,
+    guest: AtomicU64,
     error: AtomicU64,
 }
 
@@ -43,13 +54,15 @@ pub struct Vm {
     kvm: &'static Kvm,
     format: SpteFormat,
     tdp: Tdp,
-    /// Tables linked below roots.
+    shadow: Shadow,
+    shadow_stats: ShadowStats,
+    /// KVM uses nested paging.
+    tdp_enabled: bool,
+    /// Tables linked below roots, and shadow pages.
     tables: AtomicI64,
     faults: FaultCounters,
     /// It matters whether a page is a device's.
     host_mmio_matters: bool,
-    /// A nested or shadow root was refused, and said so.
-    refused_root: AtomicBool,
     debugfs: debugfs::VmDir,
 }
 
@@ -88,10 +101,8 @@ pub fn adopt(kvm: &Kvm) {
     if !param::own_new_vms() {
         return;
     }
-    match reason_to_decline(kvm) {
-        Ok(None) => {}
-        Ok(Some(reason)) => return decline(reason),
-        Err(_) => return decline("kvm.ko cannot be read"),
+    if let Some(reason) = reason_to_decline(kvm) {
+        return decline(reason);
     }
     if let Err(error) = take(kvm) {
         pr_err!("VM stays with in-tree KVM: {:?}\n", error);
@@ -104,17 +115,11 @@ fn decline(reason: &str) {
     pr_info!("VM declined, in-tree KVM serves it: {}\n", reason);
 }
 
-fn reason_to_decline(kvm: &Kvm) -> Result<Option<&'static str>> {
+fn reason_to_decline(kvm: &Kvm) -> Option<&'static str> {
     if kvm.vm_type() != bindings::KVM_X86_DEFAULT_VM {
-        return Ok(Some("VM types other than the default one (SEV, SNP, TDX, software-protected) are not supported"));
+        return Some("VM types other than the default one (SEV, SNP, TDX, software-protected) are not supported");
     }
-    if let Some(reason) = param::unsupported()? {
-        return Ok(Some(reason));
-    }
-    if !param::tdp_mmu() {
-        return Ok(Some("parameter tdp_mmu of kvm_rmmu is 0"));
-    }
-    Ok(None)
+    None
 }
 
 /// A reference on this module, given back when the value drops.
@@ -168,12 +173,22 @@ pub fn wait_for_visits() {
     }
 }
 
+/// Sets the static key to which MMU serves direct roots. It is fixed while VMs of ours exist, and so is what it depends on:
+/// our parameter, and KVM's, which a vendor module that has VMs can not change.
+fn choose_mmu() -> Result {
+    let tdp_mmu = param::wants_tdp_mmu() && param::kvm_tdp_mmu()?;
+    if tdp_mmu != param::tdp_mmu() {
+        if STATS.owned.load(Ordering::Relaxed) != 0 {
+            return Err(EBUSY);
+        }
+        param::switch_tdp_mmu(tdp_mmu);
+    }
+    Ok(())
+}
+
 fn take(kvm: &Kvm) -> Result {
     let _ownership = OWNERSHIP.lock();
-    // The key may have been switched before the lock was taken.
-    if !param::tdp_mmu() {
-        return Err(EBUSY);
-    }
+    choose_mmu()?;
     let host_mmio_matters = param::bind_vendor()?;
     let reference = ModuleReference::get()?;
     let vm = KBox::new(
@@ -181,10 +196,12 @@ fn take(kvm: &Kvm) -> Result {
             kvm: kvm.for_lifetime_of_owner(),
             format: param::spte_format(kvm)?,
             tdp: Tdp::new(),
+            shadow: Shadow::new(kvm.max_mmu_pages()),
+            shadow_stats: ShadowStats::default(),
+            tdp_enabled: param::tdp_enabled()?,
             tables: AtomicI64::new(0),
             faults: FaultCounters::default(),
             host_mmio_matters,
-            refused_root: AtomicBool::new(false),
             debugfs: debugfs::VmDir::new(),
         },
         GFP_KERNEL,
@@ -204,6 +221,11 @@ pub fn release(kvm: &Kvm) -> Option<ModuleReference> {
     {
         let mut lock = kvm.write_lock();
         vm.tdp.uninit(&vm.host(), lock.token());
+        vm.shadow.uninit(&vm.host(), lock.token());
+        if let Some(buckets) = vm.shadow.take_buckets(lock.token()) {
+            // SAFETY: what `prepare_slots` allocated, and the shadow MMU has given back.
+            unsafe { free_buckets(buckets) };
+        }
     }
     table::wait_for_frees();
     let left = vm.tables.load(Ordering::Relaxed);
@@ -223,14 +245,14 @@ pub fn release(kvm: &Kvm) -> Option<ModuleReference> {
 /// `EBUSY` while VMs of ours exist.
 pub fn set_tdp_mmu(on: bool) -> Result {
     let _ownership = OWNERSHIP.lock();
-    if on == param::tdp_mmu() {
+    if on == param::wants_tdp_mmu() {
         return Ok(());
     }
     if STATS.owned.load(Ordering::Relaxed) != 0 {
         pr_err!("tdp_mmu is fixed while VMs of rmmu exist; stop them first\n");
         return Err(EBUSY);
     }
-    param::switch_tdp_mmu(on);
+    param::set_wants_tdp_mmu(on);
     Ok(())
 }
 
@@ -250,6 +272,9 @@ impl Vm {
             kvm: self.kvm,
             format: &self.format,
             tables: &self.tables,
+            tdp: param::tdp_mmu().then_some(&self.tdp),
+            shadow_stats: &self.shadow_stats,
+            tdp_enabled: self.tdp_enabled,
         }
     }
 }

@@ -2,20 +2,27 @@
 
 //! Roots: how vCPUs get them, share them and lose them.
 //!
-//! KVM's `struct kvm_mmu` keeps the address of the root a vCPU runs on. A vCPU holds a reference on that root, the engine
-//! one on every root that is not invalidated. Invalidating is done under `mmu_lock` held for write, and every vCPU is
-//! then asked to drop obsolete roots before it enters the guest again.
+//! KVM's `struct kvm_mmu` keeps the address of the root a vCPU runs on, and of up to three it ran on before. A vCPU holds a
+//! reference on each. The TDP MMU serves direct roots, the shadow MMU (`shadow_roots`) all others, and direct ones too where
+//! the TDP MMU is not in use. Invalidating is done under `mmu_lock` held for write, and every vCPU is then asked to drop
+//! obsolete roots before it enters the guest again.
 
 use super::Vm;
 use crate::{
-    kvm::{table, trace, Kvm, Mmu, RootSet, Vcpu},
-    mmu::{sync::MmuWrite, table::TablePtr, types::Hpa},
+    kvm::{
+        param,
+        shadow::{pae_root, root_kind, RootKind},
+        table, trace, Kvm, Mmu, RootSet, Vcpu,
+    },
+    mmu::{shadow::PagePtr, sync::MmuWrite, table::TablePtr, types::Hpa},
 };
-use core::sync::atomic::Ordering;
 use kernel::prelude::*;
 
+/// Room for the shadow pages of all roots of a context: previous ones, and four of PAE paging.
+const SHADOW_ROOTS: usize = 8;
+
 impl Vm {
-    /// The table behind a root that a vCPU holds a reference on.
+    /// The table behind a direct root that a vCPU holds a reference on, where the TDP MMU serves these.
     pub(super) fn root_table(&self, root: Hpa) -> Option<TablePtr> {
         table::root_at(root)
     }
@@ -30,28 +37,28 @@ impl Vm {
 
     pub(super) fn try_load(&self, vcpu: &Vcpu) -> Result {
         let mmu = vcpu.mmu();
-        if !mmu.direct() {
-            if !self.refused_root.swap(true, Ordering::Relaxed) {
-                pr_err!("KVM_RUN fails: a nested guest with its own nested paging needs shadow page tables, which rmmu does not \
-                         have yet; set own_new_vms=0 before such a VM is created\n");
-            }
-            return Err(crate::kvm::not_supported());
-        }
         let role = mmu.root_role().ok_or(EIO)?;
-        vcpu.topup_table_caches()?;
-        let root = {
-            let mut lock = self.kvm.read_lock();
-            self.tdp
-                .find_or_alloc_root(
-                    &self.host(),
-                    lock.token(),
-                    role,
-                    &mut table::VcpuCache(vcpu),
-                )
-                .ok_or(ENOMEM)?
-        };
-        mmu.set_root(Some(root.hpa()));
-        vcpu.load_pgd(root.hpa(), role.level);
+        if mmu.direct() && param::tdp_mmu() {
+            vcpu.topup_table_caches()?;
+            let root = {
+                let mut lock = self.kvm.read_lock();
+                self.tdp
+                    .find_or_alloc_root(
+                        &self.host(),
+                        lock.token(),
+                        role,
+                        &mut table::VcpuCache(vcpu),
+                    )
+                    .ok_or(ENOMEM)?
+            };
+            mmu.set_root(Some(root.hpa()), 0);
+        } else {
+            self.load_shadow(vcpu, mmu)?;
+            self.sync_roots(vcpu);
+        }
+        if let Some(root) = mmu.root() {
+            vcpu.load_pgd(root, role.level);
+        }
         // A root is used again without a flush when it is dropped, so translations of its earlier use may be cached.
         vcpu.flush_tlb_current();
         Ok(())
@@ -71,53 +78,110 @@ impl Vm {
 
     /// Takes roots of a nested guest; `kvm_mmu_free_guest_mode_roots()`. The root in use is the guest's own.
     pub fn free_guest_mode_roots(&self, _kvm: &Kvm, mmu: &Mmu) {
-        let previous = RootSet(RootSet::ALL.0 & !1);
-        self.drop_roots(mmu, previous, |root| table::role(root).guest_mode);
+        self.drop_roots(mmu, RootSet::PREVIOUS, |root| match root {
+            RootKind::Tdp(root) => table::role(root).guest_mode,
+            RootKind::Shadow(root) => root.role().is_guest_mode(),
+            RootKind::Special | RootKind::Dummy => true,
+        });
     }
 
     /// Drops roots that were invalidated; `kvm_mmu_free_obsolete_roots()`.
     pub fn free_obsolete_roots(&self, vcpu: &Vcpu) {
         for mmu in [vcpu.root_mmu(), vcpu.guest_mmu()] {
-            self.drop_roots(mmu, RootSet::ALL, table::invalid);
+            self.drop_roots(mmu, RootSet::ALL, |root| self.is_obsolete(root));
         }
     }
 
-    fn drop_roots(&self, mmu: &Mmu, set: RootSet, which: impl Fn(TablePtr) -> bool) {
+    /// The root is to be replaced. Of one that is no page nobody can tell, and it is replaced in any case.
+    pub(super) fn is_obsolete(&self, root: RootKind) -> bool {
+        match root {
+            RootKind::Tdp(root) => table::invalid(root),
+            RootKind::Shadow(root) => self.shadow.is_obsolete(root),
+            RootKind::Special | RootKind::Dummy => true,
+        }
+    }
+
+    /// Drops the roots of `set` for which `which` says so.
+    pub(super) fn drop_roots(&self, mmu: &Mmu, set: RootSet, which: impl Fn(RootKind) -> bool) {
+        let mut shadow: [Option<PagePtr>; SHADOW_ROOTS] = [None; SHADOW_ROOTS];
+        let mut places = shadow.iter_mut();
+        let mut any = false;
+        let mut collect = |root: Option<PagePtr>| {
+            if let (Some(root), Some(place)) = (root, places.next()) {
+                *place = Some(root);
+                any = true;
+            }
+        };
         mmu.take_roots(
             set,
-            |hpa| self.root_table(hpa).is_some_and(&which),
-            |hpa| {
-                if let Some(root) = self.root_table(hpa) {
+            |hpa| which(root_kind(hpa)),
+            |hpa| match root_kind(hpa) {
+                RootKind::Tdp(root) => {
                     // Readers of the list of roots rely on mmu_lock.
                     let _lock = self.kvm.read_lock();
                     self.tdp.put_root(&self.host(), root);
                 }
+                RootKind::Shadow(root) => collect(Some(root)),
+                RootKind::Special => {
+                    for entry in mmu.pae_entries().unwrap_or_default() {
+                        collect(pae_root(entry));
+                    }
+                    mmu.set_pae_entries([0; 4]);
+                }
+                RootKind::Dummy => {}
             },
         );
+        if any {
+            let mut lock = self.kvm.write_lock();
+            let roots = shadow.into_iter().flatten();
+            self.shadow.put_roots(&self.host(), lock.token(), roots);
+        }
     }
 
     /// The guest loads CR3, or the context changed its role; `kvm_mmu_new_pgd()`.
     ///
-    /// A direct root maps the same whatever CR3 is: it is kept if its role still fits, and else dropped, so that the next
-    /// entry loads one that fits.
-    pub fn new_pgd(&self, vcpu: &Vcpu) {
+    /// A root that was used for this before is used again. If there is none, the next entry loads one.
+    pub fn new_pgd(&self, vcpu: &Vcpu, pgd: u64) {
         let mmu = vcpu.mmu();
-        let Some(root) = mmu.root().and_then(|hpa| self.root_table(hpa)) else {
-            return;
-        };
-        if !mmu.direct() || table::role(root).word != mmu.role_word() || table::invalid(root) {
-            self.drop_roots(mmu, RootSet(1), |_| true);
-            return;
+        let in_use = RootSet::IN_USE;
+        // PAE entries and what is above them are one set a context: they cannot be kept.
+        self.drop_roots(mmu, in_use, |root| {
+            matches!(root, RootKind::Special | RootKind::Dummy)
+        });
+        let (role, direct) = (mmu.role_word(), mmu.direct());
+        let found = mmu.switch_root(|hpa, root_pgd| {
+            if !direct && root_pgd != pgd {
+                return false;
+            }
+            match root_kind(hpa) {
+                RootKind::Tdp(root) => table::role(root).word == role && !table::invalid(root),
+                RootKind::Shadow(root) => root.role().0 == role,
+                RootKind::Special | RootKind::Dummy => false,
+            }
+        });
+        if !found {
+            return self.drop_roots(mmu, in_use, |_| true);
         }
         vcpu.request_load_pgd();
+        if param::flush_on_reuse() {
+            vcpu.request_sync();
+            vcpu.request_flush();
+        }
         vcpu.mmio_forget();
+        if let Some(RootKind::Shadow(root)) = mmu.root().map(root_kind) {
+            self.note_root_in_use(root);
+        }
     }
 
-    /// Invalidates every root; KVM's fast zap, first half.
-    pub fn invalidate_roots(&self, kvm: &Kvm, lock: &MmuWrite<'_>) {
+    /// Invalidates every root, and zaps what is the shadow MMU's; KVM's fast zap, first half. Yields.
+    pub fn invalidate_roots(&self, kvm: &Kvm, lock: &mut MmuWrite<'_>) {
         trace::zap_all_fast(kvm);
-        self.tdp.invalidate_roots(&self.host(), lock);
+        let host = self.host();
+        self.tdp.invalidate_roots(&host, lock);
+        self.shadow.invalidate_all(lock);
+        // Before the lock is dropped for the first time: who takes it then must know.
         kvm.request_free_obsolete_roots();
+        self.shadow.zap_obsolete(&host, lock);
     }
 
     /// Tears down what was invalidated; second half. Takes `mmu_lock` for read, and yields.

@@ -23,14 +23,16 @@ impl Vm {
         slot: &Slot,
         may_block: bool,
     ) -> bool {
-        let flush = self.tdp.unmap_range_in(
-            &self.host(),
-            lock,
-            slot.smm(),
-            range,
-            may_block,
-            Flush::none(),
-        );
+        let host = self.host();
+        let mut flush = Flush::none();
+        if self.has_shadow_roots() {
+            flush = self
+                .shadow
+                .unmap_range(&host, lock, slot, range, may_block, flush);
+        }
+        let flush = self
+            .tdp
+            .unmap_range_in(&host, lock, slot.smm(), range, may_block, flush);
         if slot.is_apic_access_page() {
             kvm.request_apic_page_reload();
         }
@@ -39,14 +41,29 @@ impl Vm {
     }
 
     /// Whether pages of the range were used; `kvm_age_gfn()`, `kvm_test_age_gfn()`. No lock is held.
-    pub fn age(&self, _kvm: &Kvm, range: GfnRange, slot: &Slot, test_only: bool) -> bool {
-        self.tdp.age_in(&self.host(), slot.smm(), range, test_only)
+    pub fn age(&self, kvm: &Kvm, range: GfnRange, slot: &Slot, test_only: bool) -> bool {
+        let host = self.host();
+        let young = self.tdp.age_in(&host, slot.smm(), range, test_only);
+        // With the TDP MMU in use, only tables of nested hypervisors have shadow pages that map anything.
+        let may_have = host.tdp.is_none() || self.shadow.indirect_pages() != 0;
+        if (young && test_only) || !may_have || !self.has_shadow_roots() {
+            return young;
+        }
+        let mut lock = kvm.write_lock();
+        young | self.shadow.age(&host, lock.token(), slot, range, test_only)
+    }
+
+    /// There is, or was, a shadow root, so that slots have reverse maps.
+    pub(super) fn has_shadow_roots(&self) -> bool {
+        self.kvm.has_slot_metadata()
     }
 
     /// Drops every mapping; `kvm_arch_flush_shadow_all()`. No vCPU will run again.
     pub fn zap_all(&self, kvm: &Kvm) {
         let mut lock = kvm.write_lock();
-        self.tdp.zap_all(&self.host(), lock.token());
+        let host = self.host();
+        self.shadow.zap_all(&host, lock.token());
+        self.tdp.zap_all(&host, lock.token());
     }
 
     /// A slot is deleted or moved; `kvm_arch_flush_shadow_memslot()`.
@@ -55,9 +72,10 @@ impl Vm {
             return self.zap_all_fast(kvm);
         }
         let mut lock = kvm.write_lock();
-        if self.unmap(kvm, lock.token(), slot.range(), slot, true) {
-            kvm.flush_remote_tlbs();
-        }
+        let flush = self.unmap(kvm, lock.token(), slot.range(), slot, true);
+        // Counts of shadow pages are in the slot, so that the pages must go before it does.
+        self.shadow
+            .zap_slot_pages(&self.host(), lock.token(), slot, Flush::when(flush));
     }
 
     /// Zaps a range in both address spaces; `kvm_zap_gfn_range()`. Faults that race with it retry.
@@ -68,9 +86,17 @@ impl Vm {
         let mut lock = kvm.write_lock();
         kvm.invalidating(&mut lock, range.start.0, range.end.0, |lock| {
             let host = self.host();
-            let flush = self
-                .tdp
-                .zap_leafs(&host, lock.token(), range, Flush::none());
+            let mut flush = Flush::none();
+            if self.has_shadow_roots() {
+                kvm.for_each_slot(range, |slot| {
+                    let owed = core::mem::replace(&mut flush, Flush::none());
+                    let part = range.intersect(slot.range());
+                    flush = self
+                        .shadow
+                        .unmap_range(&host, lock.token(), slot, part, true, owed);
+                });
+            }
+            let flush = self.tdp.zap_leafs(&host, lock.token(), range, flush);
             host.spend_range(flush, range, lock.token());
         });
     }
