@@ -48,10 +48,10 @@ EFFORTS = {
 }
 
 
-def select(tests, owning, effort, pattern):
-    """The tests of a list that this run wants; `owning` when rmmu serves the VMs."""
+def select(tests, on_rmmu, effort, pattern):
+    """The tests of a list that this run wants."""
     return [test for test in tests
-            if (owning or "rmmu" not in test.tags)
+            if (on_rmmu or "rmmu" not in test.tags)
             and EFFORTS[effort](test.tags)
             and (not pattern or pattern in test.name or fnmatch.fnmatch(test.name, pattern))]
 
@@ -59,7 +59,7 @@ def select(tests, owning, effort, pattern):
 def run(environment, suite, mode, module, tally, logs, effort="normal", pattern=None):
     """Run a suite in a mode, on rmmu when there is a module; results go into the tally."""
     who = "rmmu" if module else "in-tree"
-    tests = select(suite.tests, bool(module) and testvm.MODES[mode].owning, effort, pattern)
+    tests = select(suite.tests, bool(module), effort, pattern)
     plain = [test for test in tests if "demo" not in test.tags]
     with_guest = [test for test in tests if "demo" in test.tags]
     for group, files in ((plain, []), (with_guest, guest.files)):
@@ -83,7 +83,7 @@ def _run_group(environment, suite, tests, mode, module, who, tally, logs, extra)
         config = harness.for_rmmu(config, module)
     ui.line(f"{suite.name} selftests on {who}, mode {mode}: {len(tests)} tests")
     with harness.Runner(environment, config, logs / f"{who}-{mode}", suite.strict_tap,
-                        must_own=testvm.MODES[mode].owning) as runner:
+                        must_own=bool(module)) as runner:
         for test in tests:
             expected, reason = _expected(suite, test, mode, bool(module))
             outcome = _run_test(runner, test, expected)
@@ -107,7 +107,7 @@ def _run_test(runner, test, expected):
 
 def _expected(suite, test, mode, on_rmmu):
     """Acceptable results, from the most specific column that says something."""
-    columns = [mode, "default"] if testvm.MODES[mode].owning else [mode]
+    columns = [mode, "default"]
     if on_rmmu:
         columns = [f"rmmu:{column}" for column in columns] + columns
     return suite.expected.of(test.name, columns)

@@ -27,17 +27,16 @@ GRACE_SECONDS = 30
 
 @dataclass(frozen=True)
 class Mode:
-    """A way to run KVM: module parameters and CPU features, and whether rmmu serves VMs then."""
+    """A way to run KVM: module parameters and CPU features."""
 
     params: dict = field(default_factory=dict)
     cpu: str = ""
-    owning: bool = False
 
 
 MODES = {
-    "default": Mode(owning=True),
+    "default": Mode(),
     # The emulated CPU has five-level paging unless it is taken away.
-    "4-level": Mode(cpu=",-la57", owning=True),
+    "4-level": Mode(cpu=",-la57"),
     "tdp_mmu=0": Mode({"kvm": "tdp_mmu=0"}),
     "npt=0": Mode({"kvm_amd": "npt=0"}),
 }
