@@ -114,7 +114,7 @@ guest_inline uint64_t next_word(volatile struct watcher *watcher, uint64_t page)
 
 guest_inline void step(volatile struct watcher *watcher, uint64_t *state)
 {
-	uint64_t bits = next_random(state), page = bits % PAGES;
+	uint64_t bits = next_random(state), page = bits >> 30 & 1 ? HOT_PAGE(bits >> 31) : bits % PAGES;
 	uint64_t address = VM_TEST_GPA + page * PAGE_SIZE + (bits >> 20 & 1) * ALIAS;
 
 	look_at(watcher, page, address);

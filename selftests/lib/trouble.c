@@ -22,8 +22,9 @@
 #define SWAP_SIZE	(64 * MIB)
 #define LRU_GEN		"/sys/kernel/debug/lru_gen"
 #define SPLIT		"/sys/kernel/debug/split_huge_pages"
-/* How long a state lasts in which the guest cannot go on, and how long a late store is waited for. */
+/* How long at most a state lasts in which the guest cannot go on, and a late store is waited for. */
 #define PAUSE_US	200
+#define QUICK		12
 
 struct range {
 	uint8_t *start;
@@ -35,12 +36,14 @@ static uint64_t below(struct area *area, uint64_t limit)
 	return next_random(&area->random) % limit;
 }
 
-/* Mostly a few pages, sometimes a huge page. Never across the border of one. */
+/* Mostly a hot page, often a few pages, sometimes a huge page. Never across the border of one. */
 static struct range somewhere(struct area *area)
 {
 	uint8_t *chunk = area->base + below(area, area->size / HUGE_SIZE) * HUGE_SIZE;
 	size_t first, pages;
 
+	if (below(area, 4))
+		return (struct range){ area->base + HOT_PAGE(below(area, HOT_PAGES)) * PAGE_SIZE, PAGE_SIZE };
 	if (!below(area, 4))
 		return (struct range){ chunk, HUGE_SIZE };
 	first = below(area, CHUNK_PAGES);
@@ -82,7 +85,7 @@ static bool map_anew(struct area *area)
 	struct range range = somewhere(area);
 
 	must(munmap(range.start, range.size));
-	spin_us(PAUSE_US);
+	spin_us(below(area, PAUSE_US));
 	if (mmap(range.start, range.size, PROT_READ | PROT_WRITE,
 		 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) == MAP_FAILED)
 		bail("mmap: %m");
@@ -104,7 +107,7 @@ static bool protect(struct area *area)
 	struct range range = somewhere(area);
 
 	must(mprotect(range.start, range.size, below(area, 2) ? PROT_READ : PROT_NONE));
-	spin_us(PAUSE_US);
+	spin_us(below(area, PAUSE_US));
 	must(mprotect(range.start, range.size, PROT_READ | PROT_WRITE));
 	return true;
 }
@@ -159,7 +162,7 @@ static uint64_t sum(struct range range)
 /* Away, where the guest cannot reach it, and back. */
 static bool move_away(struct area *area)
 {
-	struct range range = below(area, 2) ? some_chunk(area) : somewhere(area);
+	struct range range = somewhere(area);
 	uint8_t *away = memory(HUGE_SIZE, false);
 	struct range moved = { away, range.size };
 	uint64_t before;
@@ -167,7 +170,7 @@ static bool move_away(struct area *area)
 	if (mremap(range.start, range.size, range.size, MREMAP_MAYMOVE | MREMAP_FIXED, away) == MAP_FAILED)
 		bail("mremap away: %m");
 	before = sum(moved);
-	spin_us(PAUSE_US);
+	spin_us(below(area, PAUSE_US));
 	area->late_stores += sum(moved) != before;
 	if (mremap(away, range.size, range.size, MREMAP_MAYMOVE | MREMAP_FIXED, range.start) == MAP_FAILED)
 		bail("mremap back: %m");
@@ -220,22 +223,23 @@ static const struct {
 	const char *name;
 	bool loses;
 	bool (*make)(struct area *area);
+	int times;
 } kinds[] = {
-	{ "discard", true, discard },
-	{ "free lazily", true, free_lazily },
-	{ "free at once", true, free_at_once },
-	{ "map anew", true, map_anew },
-	{ "page out", false, page_out },
-	{ "cold", false, make_cold },
-	{ "protect", false, protect },
-	{ "collapse", false, collapse },
-	{ "split", false, split },
-	{ "small pages", false, want_small },
-	{ "merge", false, merge },
-	{ "compact", false, compact },
-	{ "move away", false, move_away },
-	{ "fork", false, fork_child },
-	{ "age", false, age },
+	{ "discard", true, discard, QUICK },
+	{ "free lazily", true, free_lazily, QUICK },
+	{ "free at once", true, free_at_once, QUICK },
+	{ "map anew", true, map_anew, QUICK },
+	{ "page out", false, page_out, QUICK },
+	{ "cold", false, make_cold, QUICK },
+	{ "protect", false, protect, QUICK },
+	{ "collapse", false, collapse, 1 },
+	{ "split", false, split, 1 },
+	{ "small pages", false, want_small, 1 },
+	{ "merge", false, merge, 1 },
+	{ "compact", false, compact, 1 },
+	{ "move away", false, move_away, QUICK },
+	{ "fork", false, fork_child, 1 },
+	{ "age", false, age, 1 },
 };
 
 int trouble_kinds(void)
@@ -255,7 +259,11 @@ bool trouble_loses(int kind)
 
 bool trouble_make(struct area *area, int kind)
 {
-	return kinds[kind].make(area);
+	bool done = true;
+
+	for (int i = 0; i < kinds[kind].times && done; i++)
+		done = kinds[kind].make(area);
+	return done;
 }
 
 void trouble_calm(struct area *area)
