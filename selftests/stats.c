@@ -441,14 +441,16 @@ int main(void)
 	char own[8] = "Y", eager_split[8] = "Y";
 	unsigned long in_debugfs = 0;
 	bool owned = true;
+	struct sched_param first = { .sched_priority = 1 };
 	cpu_set_t cpus;
 
 	if (access(OWN, W_OK))
 		skip_all("kvm_rmmu is not loaded");
-	/* A vCPU that changes the CPU flushes. */
+	/* A vCPU that changes the CPU flushes, and so does a walk that is to let somebody else run. */
 	CPU_ZERO(&cpus);
 	CPU_SET(0, &cpus);
 	must(sched_setaffinity(0, sizeof(cpus), &cpus));
+	must(sched_setscheduler(0, SCHED_FIFO, &first));
 	read_word(OWN, own, sizeof(own));
 	read_word(KVM_PARAMETERS "eager_page_split", eager_split, sizeof(eager_split));
 	for (int i = 0; i < RUNS; i++) {

@@ -53,6 +53,17 @@ static void map_all(struct vcpu *vcpu)
 			bail("KVM_PRE_FAULT_MEMORY at 0x%llx: %m", range.gpa);
 }
 
+static bool can_pre_fault(void)
+{
+	struct vm vm;
+	bool can;
+
+	vm_create(&vm);
+	can = vm_cap(&vm, KVM_CAP_PRE_FAULT_MEMORY) > 0;
+	vm_destroy(&vm);
+	return can;
+}
+
 static struct usage measure(const char *own)
 {
 	uint64_t owned = read_field(RMMU_STATS, "vms_owned", 0);
@@ -98,6 +109,8 @@ int main(void)
 		skip_all("kvm_rmmu is not loaded");
 	if (!header_size)
 		bail("%s is not there", HEADERS);
+	if (!can_pre_fault())
+		skip_all("KVM cannot pre-fault with shadow paging");
 	plan(6);
 	read_word(OWN, own, sizeof(own));
 	in_tree = measure("0");
