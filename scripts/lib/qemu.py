@@ -28,10 +28,11 @@ class Options:
     extra: list = field(default_factory=list)
 
 
-# tsc=reliable: TCG's clock is the host's, the watchdog only misjudges it under load.
+# tsc=reliable: TCG's clock is the host's, the watchdog only misjudges it under load. no_timer_check: so does a check at
+# boot, which gives the timer interrupt too little time to come.
 # The rest turns a dying kernel into a log and an exit instead of a silent hang.
 CMDLINE = (
-    "console=ttyS0 loglevel=6 tsc=reliable panic=-1 oops=panic unknown_nmi_panic=1 "
+    "console=ttyS0 loglevel=6 tsc=reliable no_timer_check panic=-1 oops=panic unknown_nmi_panic=1 "
     "panic_print=0x40 printk.devkmsg=on log_buf_len=4M no_hash_pointers slab_nomerge"
 )
 

@@ -18,7 +18,7 @@ import qemu
 
 SOURCE = Path(__file__).resolve().parents[2]
 
-BOOT_SECONDS = 120
+BOOT_SECONDS = 300
 # Modules that tests load when they need them: memory to swap to.
 FOR_TESTS = ("zram",)
 # How long the guest's own time limit may be late before the machine counts as hung.
