@@ -21,6 +21,8 @@ import ui
 
 SUITE = "forky"
 ARCHITECTURE = "amd64"
+# Where else a source package may come from when the suite's own is missing.
+SOURCE_SUITES = (SUITE, "sid", "stable")
 OFFER_DAYS = 7
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 SUPPORTED_KERNELS = Path(__file__).resolve().parent.parent / "supported-kernels"
@@ -83,10 +85,12 @@ def choose_kernel(offer):
 class _Apt:
     """apt with a state of its own for one suite on one mirror."""
 
-    def __init__(self, mirror, valid_until):
+    def __init__(self, mirror, valid_until, sources_of=()):
         self.mirror = mirror
         self.valid_until = valid_until
-        self.home = cache.dir() / "apt" / SUITE
+        # Lists of packages, or of the source packages of some suites.
+        self.sources_of = sources_of
+        self.home = cache.dir() / "apt" / (f"{SUITE}-source" if sources_of else SUITE)
 
     def options(self):
         home = self.home
@@ -106,7 +110,9 @@ class _Apt:
         for name in ("state/lists/partial", "cache/archives/partial"):
             (self.home / name).mkdir(parents=True, exist_ok=True)
         (self.home / "status").touch()
-        (self.home / "sources.list").write_text(f"deb [signed-by={KEYRING}] {self.mirror} {SUITE} main\n")
+        kinds = [("deb-src", suite) for suite in self.sources_of] or [("deb", SUITE)]
+        (self.home / "sources.list").write_text("".join(
+            f"{kind} [signed-by={KEYRING}] {self.mirror} {suite} main\n" for kind, suite in kinds))
 
     def query(self, *argv):
         done = subprocess.run([argv[0], *self.options(), *argv[1:]], text=True, capture_output=True, check=False)
@@ -302,6 +308,37 @@ def save(offer, hours=OFFER_DAYS * 24):
 def discard():
     """Forgets the offer, so that the next run asks apt."""
     _offer_path().unlink(missing_ok=True)
+
+
+def download_source(offer, package, version, directory, step):
+    """Fetches the source package of that version into a directory; returns the version.
+
+    Mirrors list source packages that they do not hold (any more, or yet). Then the nearest older or newer version that
+    the archive has takes its place: what is listed for SOURCE_SUITES is tried, newest first.
+    """
+    apt = _Apt(offer.mirror, offer.valid_until, SOURCE_SUITES)
+    apt.prepare()
+    directory.mkdir()
+    if step.run(["apt-get", *apt.options(), "update"], check=False) != 0:
+        step.note("apt-get update failed; trying again")
+        step.run(["apt-get", *apt.options(), "update"])
+    listed = apt.query("apt-cache", "showsrc", "--only-source", package)
+    versions = []
+    for found in re.findall(r"^Version: *(\S+)$", listed, re.M):
+        place = 0
+        while place < len(versions) and _is_newer(versions[place], found):
+            place += 1
+        if found not in (version, *versions):
+            versions.insert(place, found)
+    for candidate in (version, *versions):
+        if step.run(["apt-get", *apt.options(), "source", "--download-only", f"{package}={candidate}"], cwd=directory,
+                    check=False) == 0:
+            return candidate
+        for left in directory.iterdir():
+            left.unlink()
+    raise ui.Error(f"the archive has none of the source packages of {package} that it lists "
+                   f"({', '.join([version, *versions])}). The mirror may be incomplete: set RMMU_MIRROR to another one "
+                   f"and retry. (log: {step.log})")
 
 
 def download(offer, packages, directory, step):

@@ -224,19 +224,30 @@ def install_on_host(packages):
                   "--no-install-recommends", *packages])
 
 
+def make_for(packages, directory, purpose, log):
+    """A root with other packages, for one job; the caller deletes it. On a host that runs the suite: the host."""
+    if archive.host_is_suite():
+        return _host_root(packages)
+    _mmdebstrap(directory, offer(), packages, f"{purpose}: a root of its own with {len(packages)} packages", log)
+    return Root(directory, None)
+
+
 def _make_root(directory, found, packages):
-    log = cache.log_path("root")
+    target = directory / "rootfs"
+    _mmdebstrap(target, found, packages, f"build root: installing Debian {archive.SUITE} with {len(packages)} packages "
+                "(1 to 3 minutes)", cache.log_path("root"))
+    if installed(target, packages) != packages:
+        archive.discard()
+        raise ui.Error("the archive changed while the build root was made. Run the same command again.")
+
+
+def _mmdebstrap(target, found, packages, title, log):
     if not archive.KEYRING.exists():
         raise ui.Error(f"{archive.KEYRING} is missing. Install the package debian-archive-keyring.")
-    target = directory / "rootfs"
     options = [f"--aptopt={text}" for text in archive.proxy_options()]
     if not found.valid_until:
         options.append('--aptopt=Acquire::Check-Valid-Until "false"')
     source = f"deb [signed-by={archive.KEYRING}] {found.mirror} {archive.SUITE} main"
-    with ui.step(f"build root: installing Debian {archive.SUITE} with {len(packages)} packages (1 to 3 minutes)",
-                 log=log) as step:
+    with ui.step(title, log=log) as step:
         step.run(["mmdebstrap", *MMDEBSTRAP_OPTIONS, *options, f"--include={','.join(packages)}",
                   archive.SUITE, str(target), source])
-    if installed(target, packages) != packages:
-        archive.discard()
-        raise ui.Error("the archive changed while the build root was made. Run the same command again.")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import buildroot
+import emulator
 import kernel
 
 
@@ -28,6 +29,10 @@ class Environment:
     @property
     def busybox(self):
         return Path(self.root) / "usr/bin/busybox"
+
+    def mended_qemu(self):
+        """QEMU with mended SVM emulation, made if need be."""
+        return emulator.ensure(self.root_handle)
 
 
 def ensure():

@@ -26,6 +26,8 @@ class Options:
     cpu: str = "max,+svm,+npt"
     cmdline: str = ""
     extra: list = field(default_factory=list)
+    # Instead of the build root's own QEMU.
+    program: Path = None
 
 
 # tsc=reliable: TCG's clock is the host's, the watchdog only misjudges it under load. no_timer_check: so does a check at
@@ -41,13 +43,13 @@ class NotInstalled(Exception):
     pass
 
 
-def binary(root):
-    """The command that runs the build root's QEMU from outside the root."""
+def binary(root, program=None):
+    """The command that runs the build root's QEMU, or another one built for that root, from outside the root."""
     root = Path(root)
-    qemu = root / "usr/bin/qemu-system-x86_64"
+    qemu = program or root / "usr/bin/qemu-system-x86_64"
     if not qemu.exists():
         raise NotInstalled(f"{qemu} is missing: run scripts/setup")
-    if root == Path("/"):
+    if root == Path("/") and not program:
         return [str(qemu)]
     loader = root / "lib64/ld-linux-x86-64.so.2"
     libraries = [root / "lib/x86_64-linux-gnu", root / "usr/lib/x86_64-linux-gnu"]
@@ -69,7 +71,7 @@ class Machine:
         fds = [control_end.fileno(), qmp_end.fileno()]
         cmdline = f"{CMDLINE} {self.options.cmdline}"
         command = [
-            *binary(root),
+            *binary(root, self.options.program),
             "-machine", "q35,usb=off,vmport=off",
             "-accel", "tcg,thread=multi",
             "-cpu", self.options.cpu,
@@ -84,7 +86,7 @@ class Machine:
             "-device", "virtio-serial-pci",
             "-device", "virtserialport,chardev=ctl,name=rmmu.ctl",
             "-chardev", f"socket,id=qmp,fd={fds[1]}",
-            "-object", "monitor-qmp,id=qmp0,chardev=qmp",
+            *self._monitor(),
             *self._console(interactive),
             *self.options.extra,
         ]
@@ -101,6 +103,12 @@ class Machine:
         control_end.close()
         qmp_end.close()
         self._pending = b""
+
+    def _monitor(self):
+        # A mended QEMU may be older than the build root's: it may not know the new form, but still knows the old one.
+        if self.options.program:
+            return ["-mon", "chardev=qmp,mode=control"]
+        return ["-object", "monitor-qmp,id=qmp0,chardev=qmp"]
 
     def _console(self, interactive):
         log = str(self.console_log)

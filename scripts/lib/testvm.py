@@ -27,10 +27,12 @@ GRACE_SECONDS = 30
 
 @dataclass(frozen=True)
 class Mode:
-    """A way to run KVM: module parameters and CPU features."""
+    """A way to run KVM: module parameters and CPU features, and whether it takes a QEMU with mended SVM emulation (see
+    emulator.py)."""
 
     params: dict = field(default_factory=dict)
     cpu: str = ""
+    mended: bool = False
 
 
 MODES = {
@@ -38,7 +40,7 @@ MODES = {
     # The emulated CPU has five-level paging unless it is taken away.
     "4-level": Mode(cpu=",-la57"),
     "tdp_mmu=0": Mode({"kvm": "tdp_mmu=0"}),
-    "npt=0": Mode({"kvm_amd": "npt=0"}),
+    "npt=0": Mode({"kvm_amd": "npt=0"}, mended=True),
 }
 
 
@@ -55,11 +57,14 @@ class Config:
     files: list = field(default_factory=list)
     hugepages: int = 0
     machine: qemu.Options = field(default_factory=qemu.Options)
+    mended: bool = False
 
-    def options(self):
+    def options(self, environment):
         """The machine's options. Each huge page costs some ms of boot: the kernel clears it."""
-        cmdline = f"hugepages={self.hugepages} {self.machine.cmdline}"
-        return replace(self.machine, cmdline=cmdline, cpu=self.machine.cpu + MODES[self.mode].cpu)
+        mode = MODES[self.mode]
+        return replace(self.machine, cmdline=f"hugepages={self.hugepages} {self.machine.cmdline}",
+                       cpu=self.machine.cpu + mode.cpu,
+                       program=environment.mended_qemu() if self.mended or mode.mended else self.machine.program)
 
 
 @dataclass
@@ -133,7 +138,8 @@ class TestVm:
             pack(config, environment.modules_dir, environment.busybox).write(initrd)
             log = console_log or scratch / "console.log"
             started = time.monotonic()
-            self._machine = qemu.Machine(environment.root, environment.vmlinuz, initrd, log, config.options())
+            self._machine = qemu.Machine(environment.root, environment.vmlinuz, initrd, log,
+                                         config.options(environment))
             self.boot_kernel_log = self._until(r"@@ready", BOOT_SECONDS, "boot")
             self.boot_seconds = time.monotonic() - started
         except BaseException:

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: GPL-2.0
+"""QEMU with three faults of its SVM emulation mended, for modes in which they show.
+
+Debian's QEMU runs all tests that it can. Under shadow paging it cannot: see FAULTS. So Debian's source of QEMU is built
+once, for x86-64 machines only and without what the test VM has no use for, with one small edit a fault. The edits are
+exact: where the source does not read as expected, the build fails and says so.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import archive
+import buildroot
+import cache
+import ui
+
+PACKAGE = "qemu"
+# The package that the build root has QEMU from; both have the same version.
+BINARY_PACKAGE = "qemu-system-x86"
+NAME = "qemu-system-x86_64"
+GIGABYTES = 3
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong, and the text of the source that is replaced. `count` is how often it occurs there."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    count: int = 1
+
+
+FAULTS = [
+    Fault(
+        "MOV from CR2, CR3, CR4 and CR8 is checked against the intercept of MOV from CR0, whose code is 0. "
+        "A guest under shadow paging reads the shadow CR3 as its own.",
+        "target/i386/tcg/decode-new.c.inc",
+        "        if (decode->e.intercept) {\n",
+        "        if (decode->e.has_intercept) {\n",
+        count=2,
+    ),
+    Fault(
+        "The error code of a page fault for a reserved bit lacks the bit that says that the entries are present.",
+        "target/i386/tcg/system/excp_helper.c",
+        "    error_code = PG_ERROR_RSVD_MASK;\n",
+        "    error_code = PG_ERROR_RSVD_MASK | PG_ERROR_P_MASK;\n",
+    ),
+    Fault(
+        "When an injected event has been delivered its type and vector stay in EVENTINJ, and the next exit reports "
+        "them in EXITINTINFO.",
+        "target/i386/tcg/seg_helper.c",
+        "                 event_inj & ~SVM_EVTINJ_VALID);\n",
+        "                 event_inj & SVM_EVTINJ_VALID ? 0 : event_inj);\n",
+    ),
+]
+
+BUILD_PACKAGES = ["bison", "bzip2", "flex", "gcc", "libc6-dev", "libglib2.0-dev", "make", "meson", "ninja-build", "patch",
+                  "pkgconf", "python3", "python3-distlib", "python3-venv", "xz-utils", "zlib1g-dev"]
+
+# All devices: a choice of few is less code, but QEMU does not link with every choice.
+CONFIGURE = ["--target-list=x86_64-softmmu", "--without-default-features", "--enable-system", "--enable-tcg",
+             "--disable-docs", "--disable-debug-info", "--disable-werror", "--disable-download",
+             "--disable-install-blobs"]
+
+
+def ensure(root):
+    """The mended QEMU, made if need be; it runs with the libraries and the firmware of the build root."""
+    version = buildroot.offer().versions[BINARY_PACKAGE]
+    recipe = [[fault.file, fault.old, fault.new, fault.count] for fault in FAULTS]
+    directory = cache.keyed("qemu", version, recipe, CONFIGURE, root.is_host,
+                            build=lambda entry: _build(entry, version))
+    return directory / NAME
+
+
+def _build(directory, version):
+    cache.require_space(GIGABYTES, "building QEMU")
+    source = directory / "source"
+    log = cache.log_path("qemu")
+    with ui.step("QEMU: fetching Debian's source", log=log) as step:
+        found = archive.download_source(buildroot.offer(), PACKAGE, version, directory / "archive", step)
+        if found != version:
+            step.note(f"the archive has no source of QEMU {version} now; using {found}")
+        source.mkdir()
+        for kind, options in (("orig", ["--strip-components=1"]), ("debian", [])):
+            archives = list((directory / "archive").glob(f"*.{kind}.tar.*"))
+            if len(archives) != 1:
+                raise ui.Error(f"the source package of QEMU {found} has {len(archives)} archives named {kind}, not one.")
+            step.run(["tar", "-xf", archives[0], "-C", source, *options])
+    root = buildroot.make_for(BUILD_PACKAGES, directory / "rootfs", "QEMU's build", cache.log_path("qemu-root"))
+    build = directory / "build"
+    build.mkdir()
+    log = cache.log_path("qemu-build")
+    with ui.step("QEMU: building it with mended SVM emulation (5 to 15 minutes)", log=log) as step:
+        for patch in _debian_patches(source):
+            root.run(["patch", "-p1", "-s", "-i", patch], cwd=source, log=step)
+        _mend(source, found)
+        root.run([source / "configure", *CONFIGURE], cwd=build, log=step)
+        root.run(["ninja", "-j", ui.jobs(), NAME], cwd=build, log=step)
+        root.run(["strip", build / NAME], log=step)
+    shutil.copy2(build / NAME, directory / NAME)
+    (directory / "version").write_text(f"{found}\n")
+    for path in (source, build, directory / "archive", directory / "rootfs"):
+        cache.remove_tree(path)
+
+
+def _debian_patches(source):
+    patches = source / "debian/patches"
+    names = (text.partition("#")[0].split() for text in (patches / "series").read_text().splitlines())
+    return [patches / name[0] for name in names if name]
+
+
+def _mend(source, version):
+    """Applies the edits. Each must find its text, exactly as often as expected."""
+    for fault in FAULTS:
+        path = Path(source) / fault.file
+        text = path.read_text() if path.exists() else ""
+        count = text.count(fault.old)
+        if count != fault.count:
+            where = f"is there {count} times instead of {fault.count}" if text else "has no such file"
+            raise ui.Error(
+                f"QEMU {version} does not read as scripts/lib/emulator.py expects: in {fault.file} the text "
+                f"{fault.old.strip()!r} {where}. If that version has the fault no more, take the edit out; else adapt "
+                f"it. The fault: {fault.what}")
+        path.write_text(text.replace(fault.old, fault.new))
