@@ -51,11 +51,7 @@ impl Shadow {
         lock: &mut MmuWrite<'_>,
         gfn: Gfn,
     ) -> bool {
-        self.run(host, lock, |op| {
-            op.zap_shadowing(gfn);
-            // If there is only a root in use, it is protected again at once.
-            !op.zapped.is_empty(op.lock)
-        })
+        self.run(host, lock, |op| op.zap_shadowing(gfn))
     }
 
     /// A write fault on a table came through these pages, so they are in use.

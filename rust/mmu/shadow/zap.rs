@@ -88,12 +88,18 @@ impl<'l, H: ShadowHost> Op<'l, H> {
         }
     }
 
-    /// Zaps all pages that shadow the table at `gfn`.
-    pub(super) fn zap_shadowing(&self, gfn: Gfn) {
+    /// Zaps all pages that shadow the table at `gfn`. True if there were any, and
+    /// none is a root in use, which a vCPU would make again at once.
+    pub(super) fn zap_shadowing(&self, gfn: Gfn) -> bool {
+        let mut any = false;
+        let mut roots = false;
         self.shadow.find_shadowing(gfn, self.lock, |page| {
+            any = true;
+            roots |= page.roots.get() != 0;
             self.prepare_zap(page);
             false
         });
+        any && !roots
     }
 }
 

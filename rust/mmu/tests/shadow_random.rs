@@ -19,7 +19,7 @@ use rmmu_engine::mmu::{shadow::Counter, Gfn, GfnRange, Level};
 use shadow::{
     cpu::Kind,
     host::Slot,
-    paging::{Mode, Paging, A, D, FULL, NX, P, PS, U, W},
+    paging::{Mode, Paging, FULL, NX, PS, U, W},
     Touch, Vm,
 };
 use std::collections::BTreeMap;
@@ -56,7 +56,7 @@ fn kernel_va(paging: &Paging, gfn: u64) -> u64 {
     let base = match paging.mode {
         Mode::Bits32 => 0xffc0_0000,
         Mode::Pae => 0xffe0_0000,
-        Mode::Level4 | Mode::Level4By5 => 0xffff_ff80_0000_0000,
+        Mode::Level4 | Mode::Level4By5 | Mode::Ept => 0xffff_ff80_0000_0000,
         Mode::Level5 => 0xffff_0000_0000_0000,
     };
     base + (index << 12)
@@ -67,10 +67,24 @@ fn kernel_index(paging: &Paging) -> u64 {
     paging.index(kernel_va(paging, KERNEL), paging.top())
 }
 
+/// The flags of the kernel's own entries.
+fn kernel(paging: &Paging) -> u64 {
+    if paging.is_ept() {
+        paging.full()
+    } else {
+        FULL & !U
+    }
+}
+
 impl Run {
     fn new(paging: Paging, seed: u64) -> Run {
         let slots = vec![Slot::new(0, HOLE, false)];
-        let mut vm = Vm::new(format::npt(), paging, slots, 2);
+        let format = if paging.is_ept() {
+            format::ept(true)
+        } else {
+            format::npt()
+        };
+        let mut vm = Vm::new(format, paging, slots, 2);
         vm.machine.recursive_zap.set(paging.nested);
         let mut next = KERNEL;
         // The kernel's tables, from the top down; the last one maps all tables.
@@ -80,12 +94,12 @@ impl Run {
             next += 1;
             if level > 1 {
                 let index = paging.index(kernel_va(&paging, KERNEL), level);
-                set(&vm, table, index, next << 12 | FULL & !U);
+                set(&vm, table, index, next << 12 | kernel(&paging));
                 continue;
             }
             for gfn in KERNEL..TABLES + TABLE_COUNT {
                 let index = paging.index(kernel_va(&paging, gfn), 1);
-                set(&vm, table, index, gfn << 12 | FULL & !U);
+                set(&vm, table, index, gfn << 12 | kernel(&paging));
             }
         }
         let mut run = Run {
@@ -97,12 +111,12 @@ impl Run {
                     for top in tops(&paging, TABLES + root) {
                         let index = kernel_index(&paging);
                         if paging.mode != Mode::Pae || top == TABLES + 4 * root + 3 {
-                            set(&vm, Gfn(top), index, first << 12 | FULL & !U);
+                            set(&vm, Gfn(top), index, first << 12 | kernel(&paging));
                         }
                     }
                     if paging.mode == Mode::Pae {
                         for i in 0..4 {
-                            let pdpte = (TABLES + 4 * root + i) << 12 | P;
+                            let pdpte = (TABLES + 4 * root + i) << 12 | 1;
                             set(&vm, Gfn(TABLES + 12 + root), i, pdpte);
                         }
                     }
@@ -207,20 +221,20 @@ impl Run {
     /// An entry for a table of a level.
     fn entry(&mut self, level: u8) -> u64 {
         let paging = self.paging();
-        let mut flags = FULL;
-        for bit in [W, U, A, D] {
-            if self.random.once_in(if level > 1 { 30 } else { 6 }) {
+        let mut flags = paging.full();
+        let rate = if level > 1 { 30 } else { 6 };
+        for bit in rights(&paging) {
+            if self.random.once_in(rate) {
                 flags &= !bit;
             }
         }
-        let nx_rate = if level > 1 { 40 } else { 8 };
-        if paging.mode != Mode::Bits32 && self.random.once_in(nx_rate) {
-            flags |= NX;
+        if self.random.once_in(rate + 6) {
+            flags = paging.no_exec(flags);
         }
         let odd = self.random.below(40);
         match odd {
             0 => return 0,
-            1 => return self.table(None).to_gpa() | flags & !P,
+            1 => return self.table(None).to_gpa() | paging.not_present(flags),
             2 => return self.table(None).to_gpa() | flags,
             3 if paging.mode != Mode::Bits32 => return DATA << 12 | flags | 1 << 50,
             4 | 5 if level == 1 => return (HOLE + self.random.below(4)) << 12 | flags,
@@ -284,7 +298,7 @@ impl Run {
         let old = self.vm.ram.load(gpa, paging.width());
         let value = if self.random.once_in(3) && old != 0 {
             // Just other rights.
-            old ^ [W, U, A, D, P][self.random.below(5) as usize]
+            old ^ rights(&paging)[self.random.below(4) as usize]
         } else {
             self.entry(level)
         };
@@ -361,12 +375,13 @@ impl Run {
         for level in (1..=paging.top()).rev() {
             let gpa = paging.entry_gpa(table, paging.index(va, level));
             let mut entry = self.vm.ram.load(gpa, paging.width());
-            let broken = entry & P == 0 || paging.is_reserved(entry, level);
-            if broken || entry & (U | W) != U | W || entry & NX != 0 {
+            let broken = !paging.is_present(entry) || paging.is_reserved(entry, level);
+            let whole = paging.full() & !paging.accessed() & !paging.dirty();
+            if broken || entry & whole != whole || entry & NX != 0 {
                 if broken || !self.vm.ram.contains(paging.frame(entry, level)) {
                     entry = self.entry(level);
                 }
-                entry = (entry | FULL) & !NX & !(1 << 50);
+                entry = (entry | paging.full()) & !NX & !(1 << 50);
                 self.vm
                     .store(vcpu, kernel_va(&paging, table.0) | gpa & 0xfff, gpa, entry);
             }
@@ -488,6 +503,13 @@ impl Run {
     }
 }
 
+/// Bits that make a difference to what an entry allows.
+fn rights(paging: &Paging) -> [u64; 4] {
+    // Without the right to read an entry of EPT allows nothing at all.
+    let third = if paging.is_ept() { 7 } else { U };
+    [W, third, paging.accessed(), paging.dirty()]
+}
+
 fn set(vm: &Vm, table: Gfn, index: u64, value: u64) {
     let gpa = vm.paging.entry_gpa(table, index);
     vm.ram.store(gpa, vm.paging.width(), value);
@@ -514,12 +536,6 @@ fn run(paging: Paging, seed: u64) {
     run.vm.check();
     // Everything the test is about has happened.
     let machine = &run.vm.machine;
-    if std::env::var_os("SHADOW_STATS").is_some() {
-        eprintln!(
-            "{:?}: {:?} touches {:?} faults {} yields {} flushes {} pages {} leaves {:?} maxima {:?} roots zapped {} sync requests {} prefetched {}",
-            paging, machine.counters.borrow(), run.touches, run.vm.faults, machine.yields.get(), machine.flushes.get(), run.vm.shadow.pages(), machine.leaves, machine.maxima.borrow(), machine.roots_zapped.get(), run.vm.sync_requests.get(), run.vm.prefetched.get(),
-        );
-    }
     for counter in [
         Counter::ShadowZapped,
         Counter::PteWrite,
@@ -528,11 +544,12 @@ fn run(paging: Paging, seed: u64) {
         Counter::Recycled,
         Counter::CacheMiss,
         Counter::Synced,
-        Counter::Prefetched,
     ] {
         let count = machine.counter(counter);
         assert!(count > 50, "{counter:?}: {count}");
     }
+    let ahead = machine.counter(Counter::Prefetched);
+    assert_eq!(ahead > 1000, paging.ad, "mapped ahead: {ahead}");
     assert!(machine.yields.get() > 50);
     assert!(run.most_huge > 0, "no huge page was mapped");
     for (name, least) in [("data", 10_000), ("table", 1000), ("mmio", 100)] {
@@ -585,4 +602,21 @@ fn five_levels() {
 #[test]
 fn nested_four_levels_below_five() {
     run(Paging::new(Mode::Level4By5), 6);
+}
+
+#[test]
+fn nested_extended_page_tables() {
+    run(Paging::new(Mode::Ept), 7);
+}
+
+#[test]
+fn nested_extended_page_tables_without_accessed_and_dirty_bits() {
+    let paging = Paging::new(Mode::Ept);
+    run(
+        Paging {
+            ad: false,
+            ..paging
+        },
+        8,
+    );
 }

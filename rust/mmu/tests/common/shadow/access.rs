@@ -6,12 +6,12 @@
 use super::{
     cpu::{self, Hit, Kind},
     host::Slot,
-    paging::{Mode, Paging},
+    paging::Mode,
     Vm, WithGuest,
 };
 use rmmu_engine::mmu::{
     shadow::{
-        guest::{walk, GuestWalk, Paging32, Paging64, Stop},
+        guest::{walk, GuestWalk, Paging32, Paging64, PagingEpt, Stop},
         GuestTables, PagePtr,
     },
     types::ACC_WRITE,
@@ -159,9 +159,10 @@ impl Vm {
     fn page_fault(&mut self, vcpu: usize, va: u64, kind: Kind, present: bool) -> Option<Touch> {
         self.faults += 1;
         let (context, seen) = (self.context(vcpu), self.seen());
-        let code = Paging::error_code(kind);
+        let code = self.paging.error_code(kind);
         let walked = match self.paging.mode {
             Mode::Bits32 => walk::<Paging32, _>(&seen, &context, va, code),
+            Mode::Ept => walk::<PagingEpt, _>(&seen, &context, va, code),
             _ => walk::<Paging64, _>(&seen, &context, va, code),
         };
         let mut walked = match walked {
@@ -248,7 +249,7 @@ impl Vm {
             write_tracked: false,
             dirty_track: slot.is_some_and(|slot| slot.logged.get()),
             mmio_generation: self.generation.get(),
-            memtype: 0,
+            memtype: crate::common::format::write_back(self.machine.format()),
             is_host_mmio: false,
         }
     }

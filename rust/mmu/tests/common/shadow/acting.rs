@@ -6,9 +6,10 @@ use super::{
     host::{Caches, Machine, Slot},
     ram::Ram,
 };
+use crate::common::format;
 use rmmu_engine::mmu::{
     shadow::{DescPtr, PagePtr, PageRole, PageSource, ShadowVcpu},
-    Gfn, Pfn,
+    Gfn, Host, Pfn,
 };
 use std::cell::Cell;
 
@@ -50,7 +51,7 @@ impl ShadowVcpu<Machine> for Acting<'_> {
     }
 
     fn memtype(&self, _gfn: Gfn, _host_mmio: bool) -> u64 {
-        0
+        format::write_back(self.caches.machine.format())
     }
 
     fn mmio_generation(&self) -> u64 {

@@ -3,7 +3,8 @@
 //! Looks at everything the engine keeps, and compares it with a brute-force
 //! reading of the guest's tables and of all entries.
 
-use super::{paging::*, Vm};
+use super::Vm;
+use crate::common::format::write_back;
 use rmmu_engine::mmu::{
     shadow::PageInfo,
     sync::atomic::{AtomicU64, Ordering},
@@ -238,10 +239,16 @@ impl Vm {
         }
         assert!(spte.is_consistent(format));
         assert!(!spte.is_writable() || access & ACC_WRITE != 0);
-        assert!(spte.raw() & USER == 0 || access & ACC_USER != 0);
-        assert!(spte.raw() & NO_EXEC != 0 || access & ACC_EXEC != 0);
+        let (user, exec) = if format.xs != 0 {
+            assert_eq!(spte.memtype(format), write_back(format));
+            (spte.raw() & format.xu != 0, spte.raw() & format.xs != 0)
+        } else {
+            (spte.raw() & USER != 0, spte.raw() & NO_EXEC == 0)
+        };
+        assert!(!user || access & ACC_USER != 0);
+        assert!(!exec || access & ACC_EXEC != 0);
         if level > Level::L4K && self.machine.nx.get() {
-            assert_ne!(spte.raw() & NO_EXEC, 0, "a huge page is executable");
+            assert!(!exec, "a huge page is executable");
         }
         if spte.is_mmu_writable(format) {
             for other in all.pages.values() {
@@ -270,12 +277,12 @@ impl Vm {
         let gpa = paging.entry_gpa(page.gfn, guest_index);
         let entry = self.ram.load(gpa, paging.width());
         let what = || format!("{spte:x?} of {page:x?}, number {index}, shadows {entry:#x}");
-        assert!(entry & P != 0, "{}", what());
+        assert!(paging.is_present(entry), "{}", what());
         assert!(!paging.is_reserved(entry, guest_level), "{}", what());
         let mut access = page.role.access() & paging.access(entry);
         let frame = paging.frame(entry, guest_level);
         let leaf = paging.is_leaf(entry, guest_level);
-        if leaf && entry & D == 0 {
+        if leaf && paging.ad && entry & paging.dirty() == 0 {
             access &= !ACC_WRITE;
         }
         let (gfn, recorded) = if spte.is_leaf(level) {

@@ -124,7 +124,15 @@ impl Tlb {
     }
 }
 
-fn allows(spte: Spte, kind: Kind, smep: bool) -> bool {
+fn allows(format: &SpteFormat, spte: Spte, kind: Kind, smep: bool) -> bool {
+    if format.xs != 0 {
+        let bit = match kind {
+            Kind { write: true, .. } => 2,
+            Kind { exec: true, .. } => 4,
+            _ => 1,
+        };
+        return spte.raw() & bit != 0;
+    }
     let user = spte.raw() & USER != 0;
     let executable = spte.raw() & NX == 0 && (kind.user || !smep || !user);
     (!kind.user || user) && (!kind.write || spte.is_writable()) && (!kind.exec || executable)
@@ -151,7 +159,7 @@ pub fn access(
         let Some(cached) = tlb.leaves.get(&key).copied() else {
             continue;
         };
-        if allows(cached.spte, kind, smep) && (!kind.write || cached.dirty) {
+        if allows(format, cached.spte, kind, smep) && (!kind.write || cached.dirty) {
             return frame(cached.spte, level);
         }
         // The dirty bit must be set in memory; or hardware looks again before it
@@ -166,7 +174,8 @@ pub fn access(
         tlb.walked.insert(hpa.0);
         let cell = machine.entry(hpa, (va >> level.shift()) as usize & 511);
         let spte = Spte(cell.load(Ordering::Relaxed));
-        if spte.raw() & 1 == 0 {
+        let present = if format.xs != 0 { 7 } else { 1 };
+        if spte.raw() & present == 0 {
             return Hit::NotPresent;
         }
         if format.reserved(spte.raw(), level) != 0 {
@@ -177,15 +186,18 @@ pub fn access(
             level = level.child().unwrap();
             continue;
         }
-        if !allows(spte, kind, smep) {
+        if !allows(format, spte, kind, smep) {
             return Hit::Protected;
         }
-        let mut bits = format.accessed;
-        if kind.write {
-            bits |= format.dirty;
+        let mut bits = 0;
+        if format.ad_enabled {
+            bits |= format.accessed;
+            if kind.write {
+                bits |= format.dirty;
+            }
         }
         let spte = Spte(cell.fetch_or(bits, Ordering::Relaxed) | bits);
-        let dirty = spte.is_dirty(format);
+        let dirty = spte.is_dirty(format) || kind.write;
         tlb.leaves
             .insert((va >> level.shift(), level), Cached { spte, dirty });
         return frame(spte, level);

@@ -23,7 +23,7 @@ use paging::{Mode, Paging, Translation, P};
 use ram::{Ram, Seen};
 use rmmu_engine::mmu::{
     shadow::{
-        guest::{Guest, GuestContext, Paging32, Paging64},
+        guest::{Guest, GuestContext, Paging32, Paging64, PagingEpt},
         Buckets, GuestTables, PageInfo, PagePtr, PageRole, Root, Shadow,
     },
     Flush, Gfn, GfnRange, Host, Level, SpteFormat,
@@ -315,6 +315,7 @@ impl Vm {
         let (context, seen) = (self.context(vcpu), self.seen());
         match self.paging.mode {
             Mode::Bits32 => operation.run(self, &Guest::<Paging32, _>::new(&context, &seen)),
+            Mode::Ept => operation.run(self, &Guest::<PagingEpt, _>::new(&context, &seen)),
             _ => operation.run(self, &Guest::<Paging64, _>::new(&context, &seen)),
         }
     }

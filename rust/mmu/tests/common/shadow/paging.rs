@@ -32,6 +32,8 @@ pub enum Mode {
     Level5,
     /// Four levels, shadowed by five: nested paging.
     Level4By5,
+    /// Four levels of EPT, nested.
+    Ept,
 }
 
 /// The guest's registers.
@@ -42,6 +44,8 @@ pub struct Paging {
     pub smep: bool,
     /// The tables translate a nested guest's addresses.
     pub nested: bool,
+    /// Accessed and dirty bits are in use.
+    pub ad: bool,
 }
 
 /// What the guest's tables make of an address.
@@ -56,6 +60,13 @@ impl Translation {
     /// The guest's tables allow the access.
     pub fn allows(&self, paging: &Paging, kind: Kind) -> bool {
         let has = |bits: u8| self.access & bits == bits;
+        if paging.is_ept() {
+            return match kind {
+                Kind { write: true, .. } => has(ACC_WRITE),
+                Kind { exec: true, .. } => has(ACC_EXEC),
+                _ => has(ACC_READ),
+            };
+        }
         if kind.user && !has(ACC_USER) {
             return false;
         }
@@ -73,7 +84,63 @@ impl Paging {
             mode,
             wp: true,
             smep: false,
-            nested: mode == Mode::Level4By5,
+            nested: matches!(mode, Mode::Level4By5 | Mode::Ept),
+            ad: true,
+        }
+    }
+
+    pub fn is_ept(&self) -> bool {
+        self.mode == Mode::Ept
+    }
+
+    /// Present and all that it takes to be used for anything.
+    pub fn full(&self) -> u64 {
+        if self.is_ept() {
+            0b111 | self.accessed() | self.dirty()
+        } else {
+            FULL
+        }
+    }
+
+    pub fn accessed(&self) -> u64 {
+        if self.is_ept() {
+            1 << 8
+        } else {
+            A
+        }
+    }
+
+    pub fn dirty(&self) -> u64 {
+        if self.is_ept() {
+            1 << 9
+        } else {
+            D
+        }
+    }
+
+    /// An entry that must not be executed.
+    pub fn no_exec(&self, entry: u64) -> u64 {
+        match self.mode {
+            Mode::Ept => entry & !4,
+            Mode::Bits32 => entry,
+            _ => entry | NX,
+        }
+    }
+
+    pub fn is_present(&self, entry: u64) -> bool {
+        if self.is_ept() {
+            entry & 7 != 0
+        } else {
+            entry & P != 0
+        }
+    }
+
+    /// An entry of these flags that is not present.
+    pub fn not_present(&self, entry: u64) -> u64 {
+        if self.is_ept() {
+            entry & !7
+        } else {
+            entry & !P
         }
     }
 
@@ -95,7 +162,7 @@ impl Paging {
     pub fn top(&self) -> u8 {
         match self.mode {
             Mode::Bits32 | Mode::Pae => 2,
-            Mode::Level4 | Mode::Level4By5 => 4,
+            Mode::Level4 | Mode::Level4By5 | Mode::Ept => 4,
             Mode::Level5 => 5,
         }
     }
@@ -126,6 +193,13 @@ impl Paging {
         let high = 0xf_c000_0000_0000;
         match self.mode {
             Mode::Bits32 => [[0; 5], [0, 0x1f << 17, 0, 0, 0]],
+            Mode::Ept => {
+                let table = high | 0xf << 3;
+                [
+                    [high, table, table, table | PS, table | PS],
+                    [high, high | 0x1ff << 12, high | PS, high | PS, high | PS],
+                ]
+            }
             _ => [
                 [high, high, high | PS, high | PS, high | PS],
                 [high, high | 0xff << 13, high | PS, high | PS, high | PS],
@@ -137,7 +211,7 @@ impl Paging {
         let level = match self.mode {
             Mode::Bits32 => Level::L2M,
             Mode::Pae => Level::L1G,
-            Mode::Level4 | Mode::Level4By5 => Level::L512G,
+            Mode::Level4 | Mode::Level4By5 | Mode::Ept => Level::L512G,
             Mode::Level5 => Level::L256T,
         };
         GuestContext {
@@ -145,12 +219,16 @@ impl Paging {
             root,
             pdptrs,
             pse: true,
-            accessed_dirty: true,
+            accessed_dirty: self.ad,
             mbec: false,
             reports_fetch: true,
             nested: self.nested,
             rsvd: self.rsvd(),
-            bad_mt_xwr: 0,
+            bad_mt_xwr: if self.is_ept() {
+                crate::common::format::ept(true).bad_mt_xwr
+            } else {
+                0
+            },
             permissions: self.permissions(),
             pkru_mask: 0,
             pkru: 0,
@@ -165,6 +243,16 @@ impl Paging {
             let (write, user, exec) = (code & 2 != 0, code & 4 != 0, code & 16 != 0);
             (0..16u8)
                 .filter(|access| {
+                    if self.is_ept() {
+                        let right = if write {
+                            ACC_WRITE
+                        } else if exec {
+                            ACC_EXEC
+                        } else {
+                            ACC_READ
+                        };
+                        return access & right == 0;
+                    }
                     let w = access & ACC_WRITE != 0 || !user && !self.wp;
                     let u = access & ACC_USER != 0;
                     let smep = self.smep && !user && u;
@@ -177,7 +265,7 @@ impl Paging {
         })
     }
 
-    pub fn error_code(kind: Kind) -> ErrorCode {
+    pub fn error_code(&self, kind: Kind) -> ErrorCode {
         let mut code = ErrorCode::NONE;
         if kind.write {
             code = code | ErrorCode::WRITE;
@@ -195,7 +283,7 @@ impl Paging {
     pub fn root_role(&self) -> PageRole {
         let level = match self.mode {
             Mode::Bits32 | Mode::Pae => 3,
-            Mode::Level4 => 4,
+            Mode::Level4 | Mode::Ept => 4,
             Mode::Level5 | Mode::Level4By5 => 5,
         };
         let flag = |set: bool, bit: u32| u32::from(set) << bit;
@@ -205,6 +293,7 @@ impl Paging {
                 | u32::from(ACC_ALL) << 8
                 | 1 << 13
                 | flag(self.wp, 14)
+                | flag(!self.ad, 16)
                 | flag(self.nested, 17)
                 | flag(self.mode == Mode::Level4By5, 18)
                 | flag(self.smep, 20),
@@ -214,13 +303,24 @@ impl Paging {
     /// What an entry allows by itself.
     pub fn access(&self, entry: u64) -> u8 {
         let set = |bit: u64, access: u8| if entry & bit != 0 { access } else { 0 };
+        if self.is_ept() {
+            return set(1, ACC_READ)
+                | set(2, ACC_WRITE)
+                | set(4, ACC_EXEC)
+                | set(1 << 10, ACC_USER);
+        }
         let exec = if entry & NX == 0 { ACC_EXEC } else { 0 };
         ACC_READ | set(W, ACC_WRITE) | set(U, ACC_USER) | exec
     }
 
     pub fn is_reserved(&self, entry: u64, level: u8) -> bool {
         let large = usize::from(entry & PS != 0);
-        entry & self.rsvd()[large][usize::from(level - 1)] != 0
+        let bad = self.is_ept() && {
+            // Write without read, execute without read, no such memory type.
+            let (xwr, memtype) = (entry & 7, entry >> 3 & 7);
+            [2, 4, 6].contains(&xwr) || [2, 3, 7].contains(&memtype)
+        };
+        bad || entry & self.rsvd()[large][usize::from(level - 1)] != 0
     }
 
     pub fn is_leaf(&self, entry: u64, level: u8) -> bool {
@@ -263,13 +363,14 @@ impl Paging {
                 return None;
             }
             let entry = ram.load(self.entry_gpa(table, self.index(va, level)), self.width());
-            if entry & P == 0 || entry & A == 0 || self.is_reserved(entry, level) {
+            let accessed = !self.ad || entry & self.accessed() != 0;
+            if !self.is_present(entry) || !accessed || self.is_reserved(entry, level) {
                 return None;
             }
             access &= self.access(entry);
             let frame = self.frame(entry, level);
             if self.is_leaf(entry, level) {
-                if entry & D == 0 {
+                if self.ad && entry & self.dirty() == 0 {
                     access &= !ACC_WRITE;
                 }
                 let inside = (va & ((1 << self.shift(level)) - 1)) >> 12;
