@@ -10,7 +10,7 @@ mod shadow;
 use common::{format, Random};
 use rmmu_engine::mmu::{
     shadow::{Counter, PageInfo, SplitError},
-    Flush, Gfn, GfnRange, Level, Spte,
+    Flush, Gfn, GfnRange, Level, Outcome, Spte,
 };
 use shadow::{
     cpu::{Hit, Kind},
@@ -248,6 +248,34 @@ fn pages_of_a_slot_that_goes_are_zapped() {
 }
 
 #[test]
+fn a_fault_whose_walk_is_out_of_date_maps_nothing() {
+    for (table, index) in [(ROOT, 0), (L3, 0), (L2, 1), (L1 + 1, 0)] {
+        // The tables are there and shadowed, and then they are not.
+        for fresh in [false, true] {
+            let mut vm = with_tables(2);
+            vm.invalidate(GfnRange::new(Gfn(DATA + 1), Gfn(DATA + 2)), |_| {});
+            if fresh {
+                vm.zap_fast();
+                vm.ensure_roots(0);
+            }
+            let walked = vm.walk(0, 1 << 21, Kind::READ).unwrap();
+            let gpa = vm.paging.entry_gpa(Gfn(table), index);
+            let entry = vm.ram.load(gpa, vm.paging.width());
+            let before = leaves(&vm);
+            vm.ram.store(gpa, vm.paging.width(), entry & !4);
+            let (outcome, _) = vm.map(0, 1 << 21, Kind::READ, &walked);
+            assert_eq!(outcome, Outcome::Retry, "{table:#x}");
+            assert_eq!(leaves(&vm), before);
+            vm.ram.store(gpa, vm.paging.width(), entry);
+            let (outcome, _) = vm.map(0, 1 << 21, Kind::READ, &walked);
+            assert_eq!(outcome, Outcome::Fixed, "{table:#x}");
+            vm.check();
+            vm.destroy();
+        }
+    }
+}
+
+#[test]
 fn huge_pages_are_mapped_where_guest_host_and_slot_allow_them() {
     let mut vm = new_vm(Mode::Level4);
     vm.ram.back_huge(Gfn(0x400));
@@ -429,10 +457,7 @@ fn a_fast_fault_makes_writable_what_only_the_log_protects() {
 fn a_fast_fault_restores_what_aging_made_inaccessible() {
     let vm = direct(format::ept(false), false);
     let (machine, slot) = (&vm.machine, &vm.machine.slots[0]);
-    assert_eq!(
-        vm.map_direct(0, 5, Kind::READ),
-        rmmu_engine::mmu::Outcome::Fixed
-    );
+    assert_eq!(vm.map_direct(0, 5, Kind::READ), Outcome::Fixed);
     let range = GfnRange::new(Gfn(5), Gfn(6));
     let age = |test| machine.write(|lock| vm.shadow.age(machine, lock, slot, range, test));
     assert!(age(true));

@@ -156,15 +156,20 @@ impl Vm {
         Some(Touch::Mmio(gfn))
     }
 
-    fn page_fault(&mut self, vcpu: usize, va: u64, kind: Kind, present: bool) -> Option<Touch> {
-        self.faults += 1;
+    /// Reads the guest's tables for an access.
+    pub fn walk(&self, vcpu: usize, va: u64, kind: Kind) -> Result<GuestWalk, Stop> {
         let (context, seen) = (self.context(vcpu), self.seen());
         let code = self.paging.error_code(kind);
-        let walked = match self.paging.mode {
+        match self.paging.mode {
             Mode::Bits32 => walk::<Paging32, _>(&seen, &context, va, code),
             Mode::Ept => walk::<PagingEpt, _>(&seen, &context, va, code),
             _ => walk::<Paging64, _>(&seen, &context, va, code),
-        };
+        }
+    }
+
+    fn page_fault(&mut self, vcpu: usize, va: u64, kind: Kind, present: bool) -> Option<Touch> {
+        self.faults += 1;
+        let walked = self.walk(vcpu, va, kind);
         let mut walked = match walked {
             Ok(walked) => walked,
             Err(Stop::Fault(_)) => return Some(Touch::Fault),
