@@ -111,7 +111,7 @@ impl<G: GuestTables> GuestPath<'_, G> {
         };
         let now = if level == Level::L4K {
             let bytes = G::ENTRY_BYTES.wrapping_mul(GROUP as u64);
-            let start = table.entry_gpa & bytes.wrapping_sub(1).wrapping_neg().wrapping_sub(1);
+            let start = table.entry_gpa & !bytes.wrapping_sub(1);
             let index =
                 (table.entry_gpa.wrapping_sub(start) >> G::ENTRY_BYTES.trailing_zeros()) as usize;
             if self.guest.read_group(start, &mut self.group) {

@@ -30,8 +30,14 @@ pub(super) struct Direct<'a, S>(pub(super) &'a mut S);
 
 /// Pages that shadow tables of a guest.
 pub(super) struct Indirect<'a, V, G> {
-    pub(super) vcpu: &'a mut V,
-    pub(super) guest: &'a G,
+    vcpu: &'a mut V,
+    guest: &'a G,
+}
+
+impl<'a, V, G> Indirect<'a, V, G> {
+    pub(super) fn new(vcpu: &'a mut V, guest: &'a G) -> Self {
+        Indirect { vcpu, guest }
+    }
 }
 
 // SAFETY: It gives what the source it stands for gives.

@@ -3,7 +3,7 @@
 //! Leaves: the one place where they are made, changed and removed.
 
 use super::{
-    host::{PageSource, ShadowHost},
+    host::{Maximum, PageSource, ShadowHost},
     page::{Entry, Page},
     rmap::{NoDesc, Rmap},
     unsync::Purpose,
@@ -114,8 +114,7 @@ impl<'l, H: ShadowHost> Op<'l, H> {
             self.owe_flush(true);
         }
         rmap.add(entry.as_ptr(), source, self.lock)?;
-        self.host
-            .maximum(crate::mmu::shadow::Maximum::RmapSize, count);
+        self.host.maximum(Maximum::RmapSize, count);
         self.note_translation(entry, gfn, access);
         self.host.account_leaf(level, 1);
         entry.store(new);

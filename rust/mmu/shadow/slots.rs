@@ -41,6 +41,10 @@ impl Shadow {
         flush: Flush,
         mut f: impl for<'l> FnMut(&Op<'l, H>, &AtomicU64),
     ) -> Flush {
+        // A VM may have slots with reverse maps, but no nested guest any more.
+        if self.pages() == 0 {
+            return flush;
+        }
         let mut flush = flush;
         let range = part.range.intersect(host.slot_range(part.slot));
         for level in part.min_level.get()..=part.max_level.get() {

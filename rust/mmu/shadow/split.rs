@@ -18,7 +18,7 @@ use super::{
 use crate::mmu::{
     sync::MmuWrite,
     table::ENTRIES,
-    types::{GfnRange, Level},
+    types::{Gfn, GfnRange, Level},
 };
 
 /// Why huge pages were left as they are.
@@ -82,7 +82,7 @@ impl<'l, H: ShadowHost> Op<'l, H> {
         caches: &mut C,
         slot: &H::Slot,
         level: Level,
-        gfn: &mut crate::mmu::types::Gfn,
+        gfn: &mut Gfn,
         range: GfnRange,
     ) -> Step {
         while *gfn < range.end {
@@ -102,12 +102,7 @@ impl<'l, H: ShadowHost> Op<'l, H> {
         Step::Done
     }
 
-    fn find_huge(
-        &self,
-        slot: &H::Slot,
-        gfn: crate::mmu::types::Gfn,
-        level: Level,
-    ) -> Option<Entry<'l>> {
+    fn find_huge(&self, slot: &H::Slot, gfn: Gfn, level: Level) -> Option<Entry<'l>> {
         let rmap = Rmap::new(self.host.rmap(slot, gfn, level)?);
         rmap.find(self.host, self.lock, |entry| {
             entry.page.role().is_guest_mode() && entry.spte().is_large()

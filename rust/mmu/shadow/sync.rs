@@ -8,7 +8,6 @@
 //! to go.
 
 use super::{
-    find::Indirect,
     guest::GuestTables,
     host::{Counter, ShadowHost, ShadowVcpu},
     leaf::Leaf,
@@ -236,11 +235,4 @@ pub(super) fn guest_entry_gpa<G: GuestTables>(page: &Page, index: usize) -> u64 
     };
     let offset = (first.wrapping_add(index) as u64).wrapping_mul(G::ENTRY_BYTES);
     (page.gfn().0 << PAGE_SHIFT).wrapping_add(offset)
-}
-
-/// Lets a context that looks pages up bring them up to date, too.
-impl<'a, V, G> Indirect<'a, V, G> {
-    pub(super) fn new(vcpu: &'a mut V, guest: &'a G) -> Self {
-        Indirect { vcpu, guest }
-    }
 }
