@@ -300,6 +300,8 @@ void machine_create(struct machine *machine, const struct mode *mode, struct fea
 	memset(machine, 0, sizeof(*machine));
 	machine->mode = mode;
 	machine->features = features;
+	/* Without PAE there is no such bit, but KVM's shadow MMU reports fetches as if there were. */
+	machine->features.nx = features.nx && mode->paging != BITS32;
 	vm_create(&machine->vm);
 	machine->vcpu = vm_vcpu(&machine->vm, NULL, 0);
 	memset(machine->vm.low, 0, VM_LOW_SIZE);

@@ -272,7 +272,11 @@ static void access_page(struct run *run)
 		flags = FLAG_INNER;
 	else if (percent(run, 50))
 		flags = FLAG_USER;
-	else if (percent(run, 25))
+	/*
+	 * With CR0.WP clear, KVM's shadow MMU makes a read-only user page that the supervisor writes to the
+	 * supervisor's own, and SMAP does not protect that: a write with AC set lets later ones without it pass.
+	 */
+	else if (percent(run, 25) && (kind != KIND_WRITE || run->model.cr0 & CR0_WP))
 		flags = FLAG_AC;
 	if (kind == KIND_EXEC)
 		va += PAGE_SIZE - 8;
