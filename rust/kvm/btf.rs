@@ -323,7 +323,7 @@ impl<'a> Btf<'a> {
         Ok(None)
     }
 
-    /// Writes a type as C does, with `long unsigned int` and the like as the compiler calls them.
+    /// Writes a type as C does, with `long unsigned int` and the like as gcc calls them.
     fn write_type(&self, id: u32, out: &mut Text, depth: u32) -> Result<()> {
         let depth = depth.checked_sub(1).ok_or(Malformed)?;
         let Some(record) = self.record(id)? else {
@@ -354,7 +354,11 @@ impl<'a> Btf<'a> {
             Kind::Forward if record.flag => (b"union ", b""),
             Kind::Forward => (b"struct ", b""),
             Kind::Enum => (b"enum ", b""),
-            Kind::Int | Kind::Typedef | Kind::Float => (b"", b""),
+            Kind::Int => {
+                out.push(gcc_name(self.name(record.name)?));
+                return Ok(());
+            }
+            Kind::Typedef | Kind::Float => (b"", b""),
             _ => return Err(Malformed),
         };
         if matches!(record.kind, Kind::Volatile | Kind::Const | Kind::Restrict) {
@@ -440,6 +444,19 @@ impl<'a> Btf<'a> {
             Ok(())
         })?;
         Ok(found)
+    }
+}
+
+/// What gcc calls an integer type that clang may have named.
+fn gcc_name(name: &[u8]) -> &[u8] {
+    match name {
+        b"short" => b"short int",
+        b"unsigned short" => b"short unsigned int",
+        b"long" => b"long int",
+        b"unsigned long" => b"long unsigned int",
+        b"long long" => b"long long int",
+        b"unsigned long long" => b"long long unsigned int",
+        name => name,
     }
 }
 

@@ -270,6 +270,41 @@ fn prototypes_are_written_as_in_c() {
 }
 
 #[test]
+fn a_kernel_that_clang_compiled_has_the_same_prototypes() {
+    for (clang, gcc) in [
+        ("short", "short int"),
+        ("unsigned short", "short unsigned int"),
+        ("long", "long int"),
+        ("unsigned long", "long unsigned int"),
+        ("long long", "long long int"),
+        ("unsigned long long", "long long unsigned int"),
+        ("unsigned int", "unsigned int"),
+        ("_Bool", "_Bool"),
+    ] {
+        for name in [clang, gcc] {
+            let mut kernel = Writer::kernel();
+            let number = kernel.int(name, 8);
+            let pointer = kernel.refer(POINTER, "", number);
+            kernel.function("count", number, &[pointer]);
+            let expected = format!("{gcc}({gcc} *)");
+            assert_eq!(
+                run(&kernel, None, &[Expected::Function("count", &expected)]),
+                Ok(())
+            );
+        }
+    }
+    // A type of somebody's own keeps its name.
+    let mut kernel = Writer::kernel();
+    let number = kernel.int("int", 8);
+    let named = kernel.refer(TYPEDEF, "long", number);
+    kernel.function("count", named, &[]);
+    assert_eq!(
+        run(&kernel, None, &[Expected::Function("count", "long(void)")]),
+        Ok(())
+    );
+}
+
+#[test]
 fn a_function_with_one_more_parameter_is_named() {
     let mut kernel = Writer::kernel();
     let int = kernel.int("int", 4);
