@@ -28,6 +28,10 @@ struct rmmu_tdp_mmu_key {
 };
 struct rmmu_tdp_mmu_key rmmu_tdp_mmu_key = { STATIC_KEY_TRUE_INIT };
 
+#ifndef CONFIG_JUMP_LABEL
+bool rmmu_tdp_mmu_enabled(void) { return static_key_enabled(&rmmu_tdp_mmu_key.key.key); }
+#endif
+
 void rmmu_switch_tdp_mmu(bool on)
 {
 	if (on)

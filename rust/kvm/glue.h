@@ -42,6 +42,9 @@ extern bool rmmu_own_new_vms;
 extern bool rmmu_wants_tdp_mmu;
 int rmmu_set_tdp_mmu(bool on);		/* Rust: refuses while owned VMs exist */
 void rmmu_switch_tdp_mmu(bool on);
+#ifndef CONFIG_JUMP_LABEL
+bool rmmu_tdp_mmu_enabled(void);
+#endif
 
 /* mmu_lock, RCU, scheduling */
 void rmmu_read_lock(struct kvm *kvm);

@@ -13,16 +13,26 @@ use core::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 use kernel::prelude::*;
 
 /// Static key in a C struct, addressed by type and field.
+#[cfg(CONFIG_JUMP_LABEL)]
 #[repr(C)]
 struct TdpMmuKey {
     key: kernel::bindings::static_key_true,
 }
 
+#[cfg(CONFIG_JUMP_LABEL)]
 extern "C" {
     static rmmu_tdp_mmu_key: TdpMmuKey;
 }
 
+/// Whether the TDP MMU serves faults, in a kernel that has no jump labels to patch: a load and a test.
+#[cfg(not(CONFIG_JUMP_LABEL))]
+pub fn tdp_mmu() -> bool {
+    // SAFETY: no precondition.
+    unsafe { bindings::rmmu_tdp_mmu_enabled() }
+}
+
 /// Whether the TDP MMU serves faults: a NOP where it does.
+#[cfg(CONFIG_JUMP_LABEL)]
 #[inline(always)]
 pub fn tdp_mmu() -> bool {
     // SAFETY: a static key that C defines, true by default, which is what the branch's bias says.
