@@ -92,11 +92,18 @@ unsafe extern "C" fn rmmu_kvm_mmu_init_vm(kvm: *mut kvm) -> c_int {
     let _visit = vm::Visit::begin();
     // SAFETY: the function itself, with the argument it was called with.
     let ret = unsafe { orig::kvm_mmu_init_vm(kvm) };
-    if ret == 0 {
-        // SAFETY: the VM is being created by this thread.
-        vm::adopt(unsafe { Kvm::from_raw(kvm) });
+    if ret != 0 {
+        return ret;
     }
-    ret
+    // SAFETY: the VM is being created by this thread.
+    match vm::adopt(unsafe { Kvm::from_raw(kvm) }) {
+        Ok(()) => 0,
+        Err(error) => {
+            // SAFETY: undoes what the function did above; KVM does not do it for a VM that has no MMU.
+            unsafe { orig::kvm_mmu_uninit_vm(kvm) };
+            error.to_errno()
+        }
+    }
 }
 
 /// The end of a VM: no vCPU, no notifier and no file refers to it any more.

@@ -243,9 +243,13 @@ fn attach() -> Result {
     }
     reset_ops();
     if let Err(error) = update(&patches, true) {
+        if error == ENOMEM {
+            pr_err!("no memory to hook kvm.ko\n");
+            return Err(error);
+        }
         explain(&patches, error);
         // ftrace says EINVAL for a function that is taken.
-        return Err(if error == ENOMEM { error } else { EBUSY });
+        return Err(EBUSY);
     }
     pr_info!("hooked {} entry points of kvm.ko\n", patches.len());
     state.patches = Some(patches);
@@ -258,9 +262,19 @@ fn detach() {
     let Some(patches) = state.patches.take() else {
         return;
     };
-    if let Err(error) = update(&patches, false) {
-        pr_err!("hooks cannot be taken out: {:?}\n", error);
-        kernel::warn_on!(true);
+    loop {
+        match update(&patches, false) {
+            // ftrace copies its tables for that. The stubs must not stay, and the caller cannot be refused.
+            Err(error) if error == ENOMEM => {
+                kernel::time::delay::fsleep(kernel::time::Delta::from_millis(1));
+            }
+            Err(error) => {
+                pr_err!("hooks cannot be taken out: {:?}\n", error);
+                kernel::warn_on!(true);
+                break;
+            }
+            Ok(()) => break,
+        }
     }
     pr_info!("unhooked kvm.ko\n");
 }

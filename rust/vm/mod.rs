@@ -97,16 +97,25 @@ pub fn wait_for_teardown() {
 }
 
 /// Decides whether the VM that is being created is ours, and takes it if so.
-pub fn adopt(kvm: &Kvm) {
+///
+/// # Errors
+///
+/// `ENOMEM`: the VM cannot be created. What else is in the way leaves it to in-tree KVM.
+pub fn adopt(kvm: &Kvm) -> Result {
     if !param::own_new_vms() {
-        return;
+        return Ok(());
     }
     if let Some(reason) = reason_to_decline(kvm) {
-        return decline(reason);
+        decline(reason);
+        return Ok(());
     }
-    if let Err(error) = take(kvm) {
-        pr_err!("VM stays with in-tree KVM: {:?}\n", error);
-        decline("its data could not be set up");
+    match take(kvm) {
+        Err(error) if error != ENOMEM => {
+            pr_err!("VM stays with in-tree KVM: {:?}\n", error);
+            decline("its data could not be set up");
+            Ok(())
+        }
+        done => done,
     }
 }
 
