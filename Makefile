@@ -4,6 +4,8 @@
 # A user's own kernel: its release, or its prepared source tree.
 KVER ?=
 KDIR ?=
+# The kernel that tests boot: stock or debug.
+KERNEL ?=
 
 .PHONY: module demo check check-all host-test shell setup refresh fmt clean clean-cache help bootstrap
 # The scripts make use of all processors themselves, and share directories: one at a time.
@@ -16,10 +18,10 @@ demo: bootstrap
 	@scripts/demo
 
 check: bootstrap
-	@scripts/check
+	@scripts/check --kernel $(or $(KERNEL),stock)
 
 check-all: bootstrap
-	@scripts/check --all
+	@scripts/check --all --kernel $(or $(KERNEL),stock)
 
 host-test: bootstrap
 	@scripts/host-test
@@ -53,6 +55,7 @@ help:
 	@echo '  make KVER=RELEASE build it for an installed kernel, through /lib/modules/RELEASE/build'
 	@echo '  make demo         boot a Linux guest on in-tree KVM and on rmmu, side by side'
 	@echo '  make check        all that CI tests: host tests, lints, module build, tests in the VM'
+	@echo '  make check KERNEL=debug  the tests in the VM, on a kernel that checks memory, locks, RCU and leaks (hours)'
 	@echo '  make check-all    every test in every mode; writes out/selftests.tsv'
 	@echo '  make host-test    tests and lints of the engine, without a VM'
 	@echo '  make shell        a shell in the test VM with the module loaded'

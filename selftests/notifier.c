@@ -154,7 +154,7 @@ static void check_copy_on_write(void)
 
 static void check_merging(void)
 {
-	uint64_t deadline = now_ms() + 20000;
+	uint64_t deadline = deadline_ms(20000);
 
 	if (!write_file(KSM_DIR "pages_to_scan", "5000") || !write_file(KSM_DIR "sleep_millisecs", "5") ||
 	    !write_file(KSM_DIR "run", "1")) {

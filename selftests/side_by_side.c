@@ -123,7 +123,7 @@ int main(void)
 	ok(rmmu_stat("table_pages") > tables_before, "the owned VM has page tables of rmmu's");
 	for (int i = 0; i < 2; i++)
 		vm_destroy(&sides[i].vm);
-	for (uint64_t end = now_ms() + 5000; rmmu_stat("table_pages") != tables_before && now_ms() < end;)
+	for (uint64_t end = deadline_ms(5000); rmmu_stat("table_pages") != tables_before && now_ms() < end;)
 		usleep(20000);
 	ok(rmmu_stat("vms_owned") == owned_before && rmmu_stat("table_pages") == tables_before,
 	   "afterwards every VM and page-table page is returned");

@@ -79,7 +79,7 @@ static uint64_t alive(void)
 /* Until the guest stores again; false when it does not within seconds. */
 static bool stores_arrive(uint8_t *memory)
 {
-	uint64_t deadline = now_ms() + 5000, old = *word(memory);
+	uint64_t deadline = deadline_ms(5000), old = *word(memory);
 
 	while (*word(memory) == old)
 		if (now_ms() > deadline)

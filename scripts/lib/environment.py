@@ -1,18 +1,24 @@
 # SPDX-License-Identifier: GPL-2.0
-"""What a test VM is made from: the build root, the stock kernel and its modules."""
+"""What a test VM is made from: the build root, the stock kernel, and the kernel that boots, with its modules."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import buildroot
+import debugkernel
 import emulator
 import kernel
+
+KERNELS = ("stock", "debug")
 
 
 @dataclass
 class Environment:
+    """`kernel` is the stock kernel: upstream's tests come from its source, and Linux guests run it."""
+
     root_handle: buildroot.Root
     kernel: kernel.Kernel
+    booted: kernel.Kernel
 
     @property
     def root(self):
@@ -20,11 +26,11 @@ class Environment:
 
     @property
     def vmlinuz(self):
-        return self.kernel.vmlinuz
+        return self.booted.vmlinuz
 
     @property
     def modules_dir(self):
-        return self.kernel.modules_dir
+        return self.booted.modules_dir
 
     @property
     def busybox(self):
@@ -35,8 +41,8 @@ class Environment:
         return emulator.ensure(self.root_handle)
 
 
-def ensure():
-    """The environment, made if need be."""
+def ensure(which="stock"):
+    """The environment with one of KERNELS in the test VM, made if need be."""
     root = buildroot.ensure()
-    return Environment(root, kernel.ensure(root))
-
+    stock = kernel.ensure(root)
+    return Environment(root, stock, debugkernel.ensure(root) if which == "debug" else stock)

@@ -20,7 +20,7 @@ def files(environment):
     """What to put into the test VM: [(guest path, host path)]."""
     return [
         *((path, _in_root(environment, path)) for path in [QEMU, *_libraries(environment), *FIRMWARE]),
-        ("/guest/vmlinuz", environment.vmlinuz),
+        ("/guest/vmlinuz", environment.kernel.vmlinuz),
         ("/guest/initrd", _initrd(environment)),
     ]
 

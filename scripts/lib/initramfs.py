@@ -99,6 +99,11 @@ class ModuleTree:
         builtin = (self.directory / "modules.builtin").read_text().splitlines()
         self.builtin = {_module_name(path) for path in builtin}
 
+    def has(self, name):
+        """Whether the kernel has this module, in it or beside it."""
+        name = name.replace("-", "_")
+        return name in self.builtin or name in self.names
+
     def pack(self, archive, names):
         """Add the modules `names` and all they need, and a modules.dep for modprobe."""
         release = self.directory.name

@@ -28,14 +28,25 @@ PREPARE_TREE = LIB / "prepare-tree.sh"
 
 @dataclass
 class Kernel:
-    """A kernel to build for. Only a stock kernel has an image and modules."""
+    """A kernel to build for. Only one that the scripts made has an image and modules."""
     release: str
     series: str
     tree: Path
-    cc: str
+    # The arguments of its Makefile that choose the compiler.
+    toolchain: list
     key: str
     vmlinuz: Path | None = None
     modules_dir: Path | None = None
+    # A debug kernel: how many times longer than on the stock kernel a test may take, and what it is booted with.
+    debug: bool = False
+    time_factor: int = 1
+    cmdline: str = ""
+    qemu: tuple = ()
+
+    @property
+    def cc(self):
+        """The C compiler, as a command."""
+        return compiler_of(read_config(self.config))
 
     @property
     def tree_host(self):
@@ -57,7 +68,16 @@ def read_config(path):
 
 def compiler_of(config):
     """The C compiler that a configuration was made with, as a command."""
+    if config.get("CONFIG_CC_IS_CLANG") == "y":
+        return "clang"
     return config.get("CONFIG_CC_VERSION_TEXT", '"gcc').strip('"').split()[0]
+
+
+def toolchain_of(config):
+    """The arguments of make that choose the tools a configuration was made with."""
+    if config.get("CONFIG_CC_IS_CLANG") == "y" and config.get("CONFIG_LD_IS_LLD") == "y":
+        return ["LLVM=1"]
+    return [f"CC={compiler_of(config)}"]
 
 
 def _stock_key_parts(root, chosen):
@@ -74,7 +94,7 @@ def ensure(root):
     entry = cache.keyed("kernel", *parts, build=lambda directory: _make(directory, root, found, chosen))
     tree = entry / "tree"
     modules = entry / "image" / "usr" / "lib" / "modules" / chosen.release
-    return Kernel(chosen.release, chosen.series, tree, compiler_of(read_config(tree / ".config")),
+    return Kernel(chosen.release, chosen.series, tree, toolchain_of(read_config(tree / ".config")),
                   cache.hash_key(*parts), modules / "vmlinuz", modules)
 
 
@@ -157,7 +177,7 @@ def from_tree(kdir):
     if series not in archive.supported_series():
         raise ui.Error(f"{release} is not a kernel that rmmu supports. Supported series: "
                        f"{', '.join(archive.supported_series())} (scripts/supported-kernels).")
-    return Kernel(release, series, tree, compiler_of(config), cache.hash_key(str(tree), release_path.stat().st_mtime))
+    return Kernel(release, series, tree, toolchain_of(config), cache.hash_key(str(tree), release_path.stat().st_mtime))
 
 
 def select(root, kver=None, kdir=None):
@@ -239,7 +259,7 @@ def clippy_module(root, kernel):
 
 
 def _kbuild(root, kernel, build, step, *targets):
-    root.run(["make", "-C", kernel.tree, f"M={buildroot.PROJECT}", f"MO={build}", f"CC={kernel.cc}",
+    root.run(["make", "-C", kernel.tree, f"M={buildroot.PROJECT}", f"MO={build}", *kernel.toolchain,
               f"KERNELRELEASE={kernel.release}", "-j", ui.jobs(), *targets],
              binds=[] if kernel.modules_dir else [kernel.tree], log=step)
 

@@ -11,8 +11,11 @@ _REPORTS = re.compile(
     r"|inconsistent lock state|suspicious RCU usage|scheduling while atomic"
     r"|sleeping function called from invalid context|Unable to handle|refcount_t:"
     r"|unchecked MSR access error|Call Trace:|Bad page state|bad page map|list_(add|del) corruption"
-    r"|Objects remaining"
+    r"|Objects remaining|INFO: trying to register non-static key|ODEBUG: |kmemleak: .*(disabled|Cannot)"
 )
+
+# What the kernel says of an allocation that failed: a report with a trace, and no fault of anybody's.
+_NO_MEMORY = re.compile(r"page allocation failure|vmalloc error: ")
 
 _LEVEL = re.compile(r"^<(\d+)>")
 _RMMU = re.compile(r"\b(kvm_)?rmmu: ")
@@ -21,10 +24,16 @@ _VM_MARK = re.compile(r"rmmu-vm: (begin|end) ")
 KERN_ERR = 3
 
 
-def problems(text, allow_rmmu_errors=False):
+def problems(text, allow_rmmu_errors=False, allow_no_memory=False):
     """The lines of a log that fail a test. Levels, as `dmesg -r` gives them, are optional."""
     found = []
+    of_no_memory = False
     for line in text.splitlines():
+        if allow_no_memory and _NO_MEMORY.search(line):
+            of_no_memory = True
+        elif of_no_memory and "Call Trace:" in line:
+            of_no_memory = False
+            continue
         if _VM_MARK.search(line):
             continue
         level = _LEVEL.match(line)

@@ -15,10 +15,10 @@ IN_GUEST = "/selftests"
 
 def ensure(environment):
     """The directory that holds programs and scripts, laid out as the guest sees it below /selftests."""
-    kernel, root = environment.kernel, environment.root_handle
+    root = environment.root_handle
     sources = sorted(path for path in SOURCE.rglob("*") if path.is_file() and _is_built(path))
     return cache.keyed(
-        "selftests-own", kernel.key, root.key, [str(path.relative_to(SOURCE)) for path in sources],
+        "selftests-own-debug" if environment.booted.debug else "selftests-own", environment.booted.key, root.key, [str(path.relative_to(SOURCE)) for path in sources],
         cache.file_key(*sources, Path(intree.__file__)),
         build=lambda directory: _build(directory, environment),
     )
@@ -31,9 +31,9 @@ def _is_built(path):
 
 
 def _build(directory, environment):
-    kernel, root = environment.kernel, environment.root_handle
+    kernel, root = environment.booted, environment.root_handle
     with ui.step("selftests: building ours", log=cache.log_path("selftests-own")) as step:
-        root.run(["make", "-s", "-C", SOURCE, "-j", ui.jobs(), f"CC={kernel.cc}", f"OUTPUT={directory}"], log=step)
+        root.run(["make", "-s", "-C", SOURCE, "-j", ui.jobs(), f"CC={environment.kernel.cc}", f"OUTPUT={directory}"], log=step)
         for program in directory.iterdir():
             root.run(["strip", program], log=step)
         for script in SOURCE.glob("*.sh"):
@@ -52,7 +52,7 @@ def _build_modules(directory, kernel, root, step):
     for source in sorted((SOURCE / "modules").iterdir()):
         build = directory / "build" / source.name
         shutil.copytree(source, build)
-        root.run(["make", "-s", "-C", kernel.tree, f"M={build}", f"CC={kernel.cc}",
+        root.run(["make", "-s", "-C", kernel.tree, f"M={build}", *kernel.toolchain,
                   f"KERNELRELEASE={kernel.release}", "modules"], log=step)
         for module in build.glob("*.ko"):
             shutil.copy(module, directory / "modules" / module.name)

@@ -17,10 +17,13 @@ import upstream
 
 UPSTREAM_LIST = owntests.SOURCE / "upstream.list"
 UPSTREAM_EXPECTED = owntests.SOURCE / "expected" / "kvm-selftests.tsv"
+DEBUG_EXPECTED = owntests.SOURCE / "expected" / "debug.tsv"
 
 # One of upstream's tests wants 1 GiB of huge pages; another fills 1 GiB.
 HUGEPAGES = 560
 MEMORY = "6G"
+# KASAN takes an eighth, and keeps freed memory for a while.
+DEBUG_MEMORY = "8G"
 RETRIES = 2
 
 
@@ -32,11 +35,16 @@ class Suite:
     strict_tap: bool
 
 
-def load():
-    """Both suites, ours first."""
+def load(debug=False):
+    """Both suites, ours first; with what is expected on the debug kernel, if that is to boot."""
+    own, upstreams = testlist.read_expected(owntests.expected_path()), testlist.read_expected(UPSTREAM_EXPECTED)
+    if debug:
+        differences = testlist.read_expected(DEBUG_EXPECTED)
+        own.override(differences)
+        upstreams.override(differences)
     return [
-        Suite("rmmu", testlist.read(owntests.list_path()), testlist.read_expected(owntests.expected_path()), True),
-        Suite("kvm", testlist.read(UPSTREAM_LIST), testlist.read_expected(UPSTREAM_EXPECTED), False),
+        Suite("rmmu", testlist.read(owntests.list_path()), own, True),
+        Suite("kvm", testlist.read(UPSTREAM_LIST), upstreams, False),
     ]
 
 
@@ -48,18 +56,24 @@ EFFORTS = {
 }
 
 
-def select(tests, on_rmmu, effort, pattern):
+def select(tests, on_rmmu, effort, pattern, debug):
     """The tests of a list that this run wants."""
     return [test for test in tests
             if (on_rmmu or "rmmu" not in test.tags)
             and EFFORTS[effort](test.tags)
+            and (debug or "faults" not in test.tags)
             and (not pattern or pattern in test.name or fnmatch.fnmatch(test.name, pattern))]
 
 
 def run(environment, suite, mode, module, tally, logs, effort="normal", pattern=None):
     """Run a suite in a mode, on rmmu when there is a module; results go into the tally."""
     who = "rmmu" if module else "in-tree"
-    tests = select(suite.tests, bool(module), effort, pattern)
+    debug = environment.booted.debug
+    tests = select(suite.tests, bool(module), effort, pattern, debug)
+    elsewhere = [test.name for test in select(suite.tests, bool(module), effort, pattern, True) if test not in tests]
+    if elsewhere:
+        ui.line(f"not for this kernel, which cannot make allocations fail (scripts/check --kernel debug): "
+                f"{', '.join(elsewhere)}")
     plain = [test for test in tests if "demo" not in test.tags]
     with_guest = [test for test in tests if "demo" in test.tags]
     for group, files in ((plain, []), (with_guest, guest.files)):
@@ -77,7 +91,7 @@ def _run_group(environment, suite, tests, mode, module, who, tally, logs, extra)
         mode=mode,
         files=files,
         hugepages=HUGEPAGES if "/kvm/" in commands else 0,
-        machine=qemu.Options(memory=MEMORY),
+        machine=qemu.Options(memory=DEBUG_MEMORY if environment.booted.debug else MEMORY),
     )
     if module:
         config = harness.for_rmmu(config, module)
@@ -92,6 +106,17 @@ def _run_group(environment, suite, tests, mode, module, who, tally, logs, extra)
                 outcome.why = f"as expected ({reason}); {outcome.why}"
             tally.record(test.name, mode, "rmmu" if module else "in_tree", outcome.result)
             report.show(label, who, mode, outcome)
+    for boot, leaks in runner.leaks:
+        _judge_leaks(f"{who} {mode} no memory of KVM's or rmmu's leaked in boot {boot}", leaks, tally, runner.logs)
+
+
+def _judge_leaks(name, leaks, tally, logs):
+    """The verdict of the leak detector on one boot; what is not KVM's is told, and no failure."""
+    why = leaks.failed or (f"{len(leaks.ours)} objects, see kmemleak-*.log in {logs}" if leaks.ours else "")
+    tally.add(name, "FAIL" if why else "PASS", why)
+    ui.line(f"  {'FAIL' if why else 'PASS':<7} {name}{f': {why}' if why else ''}")
+    if leaks.others:
+        ui.line(f"          leaked by others: {len(leaks.others)} objects, see kmemleak-*.log in {logs}")
 
 
 def _run_test(runner, test, expected):

@@ -10,6 +10,7 @@ comma-separated or "-". The tags:
   no-vm    may pass without rmmu having served a VM
   slow     runs in `make check-all` only
   long     takes many minutes; runs with `scripts/check --long` only
+  faults   makes allocations fail, so it is for the debug kernel only
   alone    gets a VM boot of its own, because it leaves the machine in another state
   demo     needs QEMU and a guest's kernel in the VM
   retry    fails now and then on in-tree KVM too, so it may be tried again
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import ui
 
-TAGS = {"nested", "rmmu", "errors", "no-vm", "slow", "long", "alone", "demo", "retry"}
+TAGS = {"nested", "rmmu", "errors", "no-vm", "slow", "long", "alone", "demo", "retry", "faults"}
 RESULTS = {"PASS", "FAIL", "SKIP", "TIMEOUT"}
 # In a column of rmmu: what in-tree KVM does.
 SAME = "="
@@ -57,6 +58,12 @@ class Expectations:
 
     columns: list
     rows: dict = field(default_factory=dict)
+
+    def override(self, other):
+        """Take over what another table says about tests and columns, and its reason."""
+        for test, row in other.rows.items():
+            said = {column: value for column, value in row.items() if value != SAME}
+            self.rows[test] = {**self.rows.get(test, {}), **said}
 
     def of(self, test, columns):
         """The set of acceptable results by the first of these columns that has one, and the reason."""

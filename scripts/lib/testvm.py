@@ -19,7 +19,7 @@ import qemu
 SOURCE = Path(__file__).resolve().parents[2]
 
 BOOT_SECONDS = 300
-# Modules that tests load when they need them: memory to swap to.
+# Modules that tests load when they need them, and that not every kernel has: memory to swap to.
 FOR_TESTS = ("zram",)
 # How long the guest's own time limit may be late before the machine counts as hung.
 GRACE_SECONDS = 30
@@ -61,9 +61,11 @@ class Config:
 
     def options(self, environment):
         """The machine's options. Each huge page costs some ms of boot: the kernel clears it."""
-        mode = MODES[self.mode]
-        return replace(self.machine, cmdline=f"hugepages={self.hugepages} {self.machine.cmdline}",
+        mode, kernel = MODES[self.mode], environment.booted
+        return replace(self.machine,
+                       cmdline=f"hugepages={self.hugepages} {kernel.cmdline} {self.machine.cmdline}",
                        cpu=self.machine.cpu + mode.cpu,
+                       extra=[*self.machine.extra, *kernel.qemu],
                        program=environment.mended_qemu() if self.mended or mode.mended else self.machine.program)
 
 
@@ -89,14 +91,15 @@ class Crashed(Exception):
         self.output = output
 
 
-def pack(config, kernel_modules, busybox, interactive=False):
+def pack(config, environment, interactive=False):
     """The initramfs for a configuration."""
     archive = initramfs.Archive()
-    archive.file("/bin/busybox", busybox, 0o755)
+    archive.file("/bin/busybox", environment.busybox, 0o755)
     archive.file("/init", SOURCE / "selftests/guest/init", 0o755)
     # The kernel opens the console before init can mount devtmpfs.
     archive.device("/dev/console", 5, 1)
-    initramfs.ModuleTree(kernel_modules).pack(archive, [*config.load, *config.pack, *FOR_TESTS])
+    modules = initramfs.ModuleTree(environment.modules_dir)
+    modules.pack(archive, [*config.load, *config.pack, *filter(modules.has, FOR_TESTS)])
     for path, source in config.files:
         source = Path(source)
         if source.is_dir():
@@ -114,6 +117,7 @@ def pack(config, kernel_modules, busybox, interactive=False):
         "MODE": config.mode,
         "INTERACTIVE": int(interactive),
         "MODULES": " ".join(config.load),
+        "TIME_FACTOR": environment.booted.time_factor,
     }
     if config.module:
         archive.file("/lib/modules/kvm_rmmu.ko", config.module)
@@ -128,6 +132,7 @@ class TestVm:
 
     def __init__(self, environment, config, console_log=None, echo=None):
         self._echo = echo
+        self._time_factor = environment.booted.time_factor
         self._serial = 0
         self._pending = b""
         self._scratch = tempfile.TemporaryDirectory(prefix="rmmu-vm-")
@@ -135,12 +140,12 @@ class TestVm:
         self._machine = None
         try:
             initrd = scratch / "initrd"
-            pack(config, environment.modules_dir, environment.busybox).write(initrd)
+            pack(config, environment).write(initrd)
             log = console_log or scratch / "console.log"
             started = time.monotonic()
             self._machine = qemu.Machine(environment.root, environment.vmlinuz, initrd, log,
                                          config.options(environment))
-            self.boot_kernel_log = self._until(r"@@ready", BOOT_SECONDS, "boot")
+            self.boot_kernel_log = self._until(r"@@ready", BOOT_SECONDS * self._time_factor, "boot")
             self.boot_seconds = time.monotonic() - started
         except BaseException:
             self.close()
@@ -158,7 +163,9 @@ class TestVm:
         self._scratch.cleanup()
 
     def run(self, command, limit):
-        """Run a shell command for `limit` seconds at most."""
+        """Run a shell command for `limit` seconds at most; longer on a kernel that is slow."""
+        limit *= self._time_factor
+        grace = GRACE_SECONDS * self._time_factor
         self._serial += 1
         ident = str(self._serial)
         self._mark = len(self._machine.console())
@@ -166,9 +173,9 @@ class TestVm:
             self._machine.send(f"{ident} {limit} {command}")
         except OSError:
             raise self._crash("the VM is gone", "") from None
-        self._until(rf"@@begin {ident}", GRACE_SECONDS, "start of the command")
-        output, ended = self._until(rf"@@kmsg {ident} (\d+) (\d+)", limit + GRACE_SECONDS, "the command", live=True)
-        kernel = self._until(rf"@@end {ident}", GRACE_SECONDS, "its kernel messages", already=output)
+        self._until(rf"@@begin {ident}", grace, "start of the command")
+        output, ended = self._until(rf"@@kmsg {ident} (\d+) (\d+)", limit + grace, "the command", live=True)
+        kernel = self._until(rf"@@end {ident}", grace, "its kernel messages", already=output)
         # The agent puts a newline before its mark, in case the command's last line had none.
         output = output[:-1] if output.endswith("\n") else output
         return Result(int(ended.group(1)), output, kernel, int(ended.group(2)) / 1000)

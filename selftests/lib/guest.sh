@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0
 # For scripts in the test VM that run the Linux guest: the stock kernel in QEMU on KVM.
 
-GUEST_TIMEOUT=${GUEST_TIMEOUT:-180}
+. /etc/rmmu-vm.conf
+GUEST_TIMEOUT=$((${GUEST_TIMEOUT:-180} * TIME_FACTOR))
 
 # Start the guest, its console in the file $1. Sets guest_pid.
 guest_start() {

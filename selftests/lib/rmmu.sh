@@ -24,9 +24,9 @@ rmmu_stat() {
 	sed -n "s/^$1 //p" "$RMMU_DEBUG/stats" 2>/dev/null
 }
 
-# Wait, 10 s at most, until rmmu holds no VM and no page-table page any more.
+# Wait, 10 s at most (more on a slow kernel), until rmmu holds no VM and no page-table page any more.
 rmmu_idle() {
-	tries=100
+	tries=$((100 * TIME_FACTOR))
 	while [ "$(rmmu_stat vms_owned) $(rmmu_stat table_pages)" != "0 0" ]; do
 		tries=$((tries - 1))
 		[ $tries -gt 0 ] || return 1

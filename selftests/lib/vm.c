@@ -245,6 +245,13 @@ uint64_t now_ms(void)
 	return now.tv_sec * 1000UL + now.tv_nsec / 1000000;
 }
 
+uint64_t deadline_ms(unsigned int ms)
+{
+	const char *factor = getenv("TIME_FACTOR");
+
+	return now_ms() + ms * (factor ? strtoul(factor, NULL, 10) : 1);
+}
+
 void spin_us(unsigned int us)
 {
 	struct timespec start, now;

@@ -68,6 +68,8 @@ bool exit_is_sync(struct vcpu *vcpu, uint32_t value);
 void *memory(size_t size, bool huge);
 /* Milliseconds of the monotonic clock. */
 uint64_t now_ms(void);
+/* The time in so many milliseconds; later on a kernel that is slow. For waits that end as soon as they can. */
+uint64_t deadline_ms(unsigned int ms);
 void spin_us(unsigned int us);
 
 #define SYNC_PORT 0x3f0
