@@ -11,7 +11,7 @@ _REPORTS = re.compile(
     r"|inconsistent lock state|suspicious RCU usage|scheduling while atomic"
     r"|sleeping function called from invalid context|Unable to handle|refcount_t:"
     r"|unchecked MSR access error|Call Trace:|Bad page state|bad page map|list_(add|del) corruption"
-    r"|Objects remaining|INFO: trying to register non-static key|ODEBUG: |kmemleak: .*(disabled|Cannot)"
+    r"|Objects remaining|INFO: trying to register non-static key|ODEBUG: |kmemleak: .*disabled"
 )
 
 # What the kernel says of an allocation that failed: a report with a trace, and no fault of anybody's.
