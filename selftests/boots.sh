@@ -11,7 +11,8 @@ boot() {
 	owned=$(rmmu_stat vms_owned_total)
 	guest_start /tmp/guest.log
 	guest_wait /tmp/guest.log "guest: workload done" || {
-		note "the guest did not finish: $(tail -n 5 /tmp/guest.log; cat /tmp/guest.log.qemu)"
+		guest_post_mortem /tmp/guest.log > /tmp/post_mortem
+		note "the guest did not finish: $(cat /tmp/post_mortem)"
 		guest_stop
 		return 1
 	}

@@ -4,12 +4,14 @@
 . /etc/rmmu-vm.conf
 GUEST_TIMEOUT=$((${GUEST_TIMEOUT:-180} * TIME_FACTOR))
 
-# Start the guest, its console in the file $1. Sets guest_pid.
+# Start the guest, its console in the file $1, what QEMU says in $1.qemu, and the vCPUs' registers at each reset (a triple
+# fault is one, and silent otherwise) in $1.reset. Sets guest_pid.
 guest_start() {
 	rm -f "$1"
 	qemu-system-x86_64 -accel kvm -cpu host -smp 2 -m 512M \
 		-machine microvm,isa-serial=on,pit=off,pic=off,rtc=on \
 		-nodefaults -no-user-config -display none -no-reboot -serial "file:$1" \
+		-d cpu_reset -D "$1.reset" \
 		-kernel /guest/vmlinuz -initrd /guest/initrd \
 		-append "console=ttyS0 quiet panic=-1 tsc=reliable $GUEST_CMDLINE" 2> "$1.qemu" &
 	guest_pid=$!
@@ -23,6 +25,19 @@ guest_wait() {
 		[ $left -gt 0 ] && kill -0 "$guest_pid" 2>/dev/null || return 1
 		usleep 100000
 	done
+}
+
+# Why a guest is gone or stuck, for the log of a test that failed. The guest is reaped.
+guest_post_mortem() {
+	tail -n 15 "$1"
+	cat "$1.qemu"
+	if kill -0 "$guest_pid" 2>/dev/null; then
+		echo "it still runs"
+	else
+		wait "$guest_pid"
+		echo "QEMU ended with exit code $?; the last reset:"
+		tail -n 40 "$1.reset"
+	fi
 }
 
 guest_stop() {
