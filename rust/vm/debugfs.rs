@@ -7,8 +7,13 @@
 
 use super::{Vm, STATS};
 use crate::{
-    kvm::{bindings, symbols, table},
+    kvm::{
+        bindings,
+        shadow::{root_kind, RootKind},
+        symbols, table,
+    },
     mmu::{
+        shadow::Root,
         spte::Spte,
         table::TablePtr,
         types::{Gfn, Level},
@@ -22,6 +27,8 @@ use kernel::{prelude::*, seq_file::SeqFile, seq_print, str::CString};
 
 /// Leaves looked at in one RCU section.
 const BATCH: usize = 512;
+/// Leaves of a shadow root that are shown.
+const MAX_SHADOW_LEAVES: u32 = 4096;
 
 /// Distinguishes VMs of one process.
 static NEXT: AtomicU64 = AtomicU64::new(0);
@@ -259,39 +266,97 @@ fn print_run(m: &SeqFile, run: &Run) {
     seq_print!(m, "\n");
 }
 
+/// Prints leaves, in the order of their addresses, as runs.
+struct Runs<'a> {
+    m: &'a SeqFile,
+    vm: &'a Vm,
+    run: Option<Run>,
+}
+
+impl Runs<'_> {
+    fn leaf(&mut self, gfn: Gfn, level: Level, spte: Spte) {
+        let permissions = permissions(self.vm, spte);
+        let end = gfn.add(level.pages());
+        match &mut self.run {
+            Some(run) if run.end == gfn && run.level == level && run.permissions == permissions => {
+                run.end = end
+            }
+            _ => {
+                self.end();
+                self.run = Some(Run {
+                    start: gfn,
+                    end,
+                    level,
+                    permissions,
+                });
+            }
+        }
+    }
+
+    fn end(&mut self) {
+        if let Some(run) = self.run.take() {
+            print_run(self.m, &run);
+        }
+    }
+}
+
 fn print_root(m: &SeqFile, vm: &Vm, root: TablePtr) {
-    let mut run: Option<Run> = None;
+    let mut runs = Runs { m, vm, run: None };
     let mut from = Some(Gfn(0));
     while let Some(gfn) = from {
         from = vm
             .tdp
             .visit_leaves(&vm.host(), root, gfn, BATCH, |gfn, level, spte| {
-                let permissions = permissions(vm, spte);
-                let end = gfn.add(level.pages());
-                match &mut run {
-                    Some(run)
-                        if run.end == gfn
-                            && run.level == level
-                            && run.permissions == permissions =>
-                    {
-                        run.end = end
-                    }
-                    _ => {
-                        if let Some(run) = &run {
-                            print_run(m, run);
-                        }
-                        run = Some(Run {
-                            start: gfn,
-                            end,
-                            level,
-                            permissions,
-                        });
-                    }
-                }
+                runs.leaf(gfn, level, spte)
             });
     }
-    if let Some(run) = &run {
-        print_run(m, run);
+    runs.end();
+}
+
+/// Prints roots of the shadow MMU. The lock is held meanwhile, so not all of everything is shown.
+fn print_shadow_roots(m: &SeqFile, vm: &Vm) {
+    let mut lock = vm.kvm.write_lock();
+    let lock = lock.token();
+    let mut roots = [None; 8];
+    let mut free = roots.iter_mut();
+    vm.shadow.visit_pages(lock, |page| {
+        if page.roots == 0 {
+            return;
+        }
+        if let Some(place) = free.next() {
+            *place = Some((page.hpa, page.gfn, page.role));
+        }
+    });
+    for (hpa, gfn, role) in roots.into_iter().flatten() {
+        let RootKind::Shadow(root) = root_kind(hpa) else {
+            continue;
+        };
+        let word = |on: bool, word: &'static str| if on { word } else { "" };
+        seq_print!(
+            m,
+            "# shadow root level {}{}{}{}, table {:#x}\n",
+            role.level().get(),
+            word(role.is_smm(), " smm"),
+            word(role.is_guest_mode(), " guest-mode"),
+            word(role.is_direct(), " direct"),
+            gfn.to_gpa()
+        );
+        let mut runs = Runs { m, vm, run: None };
+        let mut left = MAX_SHADOW_LEAVES;
+        vm.shadow.visit_leaves(
+            &vm.host(),
+            lock,
+            Root::Page(root),
+            |address, _, level, spte| {
+                runs.leaf(address, level, spte);
+                left = left.saturating_sub(1);
+                left != 0
+            },
+        );
+        runs.end();
+        if left == 0 {
+            seq_print!(m, "# and more\n");
+        }
     }
 }
 
@@ -338,4 +403,5 @@ unsafe extern "C" fn rmmu_show_page_table(m: *mut bindings::seq_file, data: *mut
     if left_out != 0 {
         seq_print!(m, "# {} more roots\n", left_out);
     }
+    print_shadow_roots(m, vm);
 }
