@@ -7,7 +7,7 @@ KDIR ?=
 # The kernel that tests boot: stock or debug.
 KERNEL ?=
 
-.PHONY: module demo check check-all host-test shell setup refresh fmt clean clean-cache help bootstrap
+.PHONY: module demo check check-all bench host-test shell setup refresh fmt clean clean-cache help bootstrap
 # The scripts make use of all processors themselves, and share directories: one at a time.
 .NOTPARALLEL:
 
@@ -22,6 +22,12 @@ check: bootstrap
 
 check-all: bootstrap
 	@scripts/check --all --kernel $(or $(KERNEL),stock)
+
+# What to measure by: virtual (instructions) or wall.
+CLOCK ?= virtual
+
+bench: bootstrap
+	@scripts/bench --clock '$(CLOCK)'
 
 host-test: bootstrap
 	@scripts/host-test
@@ -57,6 +63,7 @@ help:
 	@echo '  make check        all that CI tests: host tests, lints, module build, tests in the VM'
 	@echo '  make check KERNEL=debug  the tests in the VM, on a kernel that checks memory, locks, RCU and leaks (hours)'
 	@echo '  make check-all    every test in every mode; writes out/selftests.tsv'
+	@echo '  make bench        measure rmmu against in-tree KVM by instructions (CLOCK=wall: by time)'
 	@echo '  make host-test    tests and lints of the engine, without a VM'
 	@echo '  make shell        a shell in the test VM with the module loaded'
 	@echo '  make setup        only install and make what is needed'

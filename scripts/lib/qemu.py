@@ -28,7 +28,13 @@ class Options:
     extra: list = field(default_factory=list)
     # Instead of the build root's own QEMU.
     program: Path = None
+    # The machine's clock counts instructions, so that what is timed is the same whatever else this host does.
+    icount: bool = False
 
+
+# Each instruction takes this long by the clock of a machine with icount.
+ICOUNT_SHIFT = 1
+NS_PER_INSTRUCTION = 1 << ICOUNT_SHIFT
 
 # tsc=reliable: TCG's clock is the host's, the watchdog only misjudges it under load. no_timer_check: so does a check at
 # boot, which gives the timer interrupt too little time to come.
@@ -73,7 +79,7 @@ class Machine:
         command = [
             *binary(root, self.options.program),
             "-machine", "q35,usb=off,vmport=off",
-            "-accel", "tcg,thread=multi",
+            *self._clock(),
             "-cpu", self.options.cpu,
             "-smp", str(self.options.smp),
             "-m", self.options.memory,
@@ -109,6 +115,12 @@ class Machine:
         if self.options.program:
             return ["-mon", "chardev=qmp,mode=control"]
         return ["-object", "monitor-qmp,id=qmp0,chardev=qmp"]
+
+    def _clock(self):
+        if not self.options.icount:
+            return ["-accel", "tcg,thread=multi"]
+        return ["-accel", "tcg,thread=single", "-icount", f"shift={ICOUNT_SHIFT},sleep=off", "-seed", "1",
+                "-rtc", "base=2026-01-01,clock=vm"]
 
     def _console(self, interactive):
         log = str(self.console_log)
