@@ -126,6 +126,13 @@ pub unsafe trait Host {
     /// Counts leaf entries that came (positive) or went.
     fn account_leaf(&self, level: Level, delta: i64);
 
+    /// Counts pages that were mapped ahead and of which it is known now whether the
+    /// guest used them.
+    #[inline]
+    fn account_ahead(&self, used: i64, unused: i64) {
+        let _ = (used, unused);
+    }
+
     /// Counts tables that exist only because of the NX huge page mitigation.
     fn account_nx_split(&self, delta: i64);
 

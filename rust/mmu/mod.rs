@@ -29,5 +29,5 @@ pub use role::Role;
 pub use spte::{AdMode, LeafArgs, ReservedBits, Spte, SpteFormat};
 pub use sync::{Flush, MmuLocked, MmuRead, MmuWrite, RcuRead};
 pub use table::{Entries, Table, TablePtr, ENTRIES};
-pub use tdp::{FastOutcome, Fault, NoMemory, Outcome, Tdp};
+pub use tdp::{Around, FastOutcome, Fault, Neighbour, NoMemory, Outcome, Tdp};
 pub use types::{Gfn, GfnRange, Hpa, Level, Pfn};

@@ -14,6 +14,8 @@
 //! - bits 60-61: how accesses are tracked (by hardware; by making the entry
 //!   inaccessible; writes by protection only).
 //! - bits 52, 54, 62: the permissions of an entry made inaccessible.
+//! - bit 56: the page was mapped ahead of any access, next to one that faulted.
+//!   Gone as soon as it is known whether that was of use.
 //! - host-writable: the host maps the page writable. Fixed while the entry lives.
 //! - MMU-writable: the entry may be made writable without asking anybody.
 //!
@@ -28,6 +30,8 @@ const WRITABLE: u64 = 1 << 1;
 const LARGE: u64 = 1 << 7;
 const MMU_PRESENT: u64 = 1 << 11;
 const SUPPRESS_VE: u64 = 1 << 63;
+
+const AHEAD: u64 = 1 << 56;
 
 const AD_MASK: u64 = 3 << 60;
 const AD_DISABLED: u64 = 1 << 60;
@@ -220,6 +224,29 @@ impl Spte {
         self.0 == Spte::FROZEN.0
     }
 
+    /// The leaf was mapped ahead of any access, and nobody has looked since.
+    #[inline]
+    pub const fn is_ahead(self) -> bool {
+        self.0 & (MMU_PRESENT | AHEAD) == MMU_PRESENT | AHEAD
+    }
+
+    /// The leaf as one that is mapped ahead: not accessed, and not dirty.
+    ///
+    /// Hardware sets both bits when the guest uses the page. This is for formats
+    /// with accessed and dirty bits.
+    #[inline]
+    #[must_use]
+    pub const fn mapped_ahead(self, format: &SpteFormat) -> Spte {
+        Spte(self.0 & !(format.accessed | format.dirty) | AHEAD)
+    }
+
+    /// The leaf without the note that it was mapped ahead.
+    #[inline]
+    #[must_use]
+    pub const fn looked_at(self) -> Spte {
+        Spte(self.0 & !AHEAD)
+    }
+
     /// The entry leads to memory or a table.
     #[inline]
     pub const fn is_present(self) -> bool {
@@ -327,10 +354,11 @@ impl Spte {
     /// What can change at any time: by the fault path without a lock, by aging,
     /// or by hardware setting a dirty bit. A plain store could lose that.
     ///
-    /// Losing an accessed bit is tolerated: aging does not flush either.
+    /// Losing an accessed bit is tolerated: aging does not flush either. Unless it
+    /// is to tell whether it was of use to map the page ahead.
     #[inline]
     pub const fn needs_atomic_update(self, format: &SpteFormat) -> bool {
-        if !self.uses_accessed_bit() {
+        if !self.uses_accessed_bit() || self.is_ahead() {
             return true;
         }
         if self.is_writable() {
@@ -516,7 +544,7 @@ impl Spte {
     #[must_use]
     pub fn huge_from_small(self, format: &SpteFormat, level: Level, nx_huge_page: bool) -> Spte {
         let offset = level.gfn_mask() << 12;
-        let huge = Spte((self.0 | LARGE) & !offset);
+        let huge = Spte((self.0 | LARGE) & !offset).looked_at();
         if nx_huge_page {
             huge.with_executable(format, 0)
         } else {

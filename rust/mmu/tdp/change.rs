@@ -76,6 +76,31 @@ impl Tdp {
         }
     }
 
+    /// Installs `new`, a leaf, where there has never been anything; true if it did.
+    ///
+    /// The leaf is for the caller to account, with others of its kind.
+    #[inline]
+    pub(super) fn install_ahead<H: Host>(&self, host: &H, entry: &Entry<'_>, new: Spte) -> bool {
+        if !new.is_consistent(host.format()) {
+            host.bug("rmmu: a writable entry must be MMU-writable and host-writable");
+            return false;
+        }
+        // Nothing is published together with a leaf, and whoever was faster has it.
+        let done = entry
+            .cell
+            .compare_exchange(
+                Spte::NONPRESENT.0,
+                new.0,
+                Ordering::Relaxed,
+                Ordering::Relaxed,
+            )
+            .is_ok();
+        if done {
+            entry.trace_change(host, new);
+        }
+        done
+    }
+
     /// Removes the entry and everything below it. Nobody else may be installing
     /// or removing.
     #[inline]
@@ -98,6 +123,11 @@ impl Tdp {
             (true, false) => host.account_leaf(level, -1),
             _ => {}
         }
+        if old.is_ahead() && !new.is_ahead() {
+            // A new leaf in its place is the answer to a fault of the guest.
+            let used = i64::from(is_leaf || old.is_accessed(host.format()));
+            host.account_ahead(used, 1i64.wrapping_sub(used));
+        }
         if old.is_nonleaf(level) && !new.is_nonleaf(level) {
             self.remove_table(host, shared, host.table_of(old.hpa(host.format())));
         }
@@ -114,6 +144,7 @@ impl Tdp {
         let header = unsafe { table.as_ref() };
         let level = header.level();
         let mut leaves: i64 = 0;
+        let (mut used, mut unused) = (0i64, 0i64);
 
         host.trace(Event::TableRemoved(header));
         host.account_table(table, -1);
@@ -139,6 +170,14 @@ impl Tdp {
                 host.bug("rmmu: a table was removed twice");
             } else if old.is_leaf(level) {
                 leaves = leaves.wrapping_add(1);
+                if old.is_ahead() {
+                    let counter = if old.is_accessed(host.format()) {
+                        &mut used
+                    } else {
+                        &mut unused
+                    };
+                    *counter = counter.wrapping_add(1);
+                }
             } else if old.is_nonleaf(level) {
                 self.remove_table(host, shared, host.table_of(old.hpa(host.format())));
             }
@@ -152,6 +191,9 @@ impl Tdp {
         }
         if leaves != 0 {
             host.account_leaf(level, leaves.wrapping_neg());
+        }
+        if used | unused != 0 {
+            host.account_ahead(used, unused);
         }
         host.free_table_rcu(table);
     }

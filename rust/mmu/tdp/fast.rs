@@ -184,17 +184,27 @@ fn age_root<H: Host, R: RcuRead>(
     }
     let mut cursor = Cursor::new(host, rcu, root, range, Level::L4K);
     while let Some(entry) = cursor.next() {
-        if !entry.is_leaf() || !entry.spte.is_accessed(format) {
+        if !entry.is_leaf() {
             continue;
         }
-        young = true;
+        let accessed = entry.spte.is_accessed(format);
+        young |= accessed;
         if test_only {
-            break;
+            if young {
+                break;
+            }
+            continue;
+        }
+        if !accessed && !entry.spte.is_ahead() {
+            continue;
         }
         // Whoever changed the entry first zaps it or uses it; it is fine as it is.
-        let old = entry.spte.mark_old(format);
-        if replace(&entry, old) {
-            entry.trace_change(host, old);
+        let new = entry.spte.mark_old(format).looked_at();
+        if replace(&entry, new) {
+            entry.trace_change(host, new);
+            if entry.spte.is_ahead() {
+                host.account_ahead(i64::from(accessed), i64::from(!accessed));
+            }
         }
     }
     young

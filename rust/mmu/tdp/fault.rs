@@ -10,6 +10,7 @@
 //! done the work.
 
 use super::{
+    around::{Around, Nothing},
     change::Conflict,
     walk::{child_entries, child_table, Entry},
     Tdp,
@@ -82,13 +83,28 @@ pub enum Outcome {
 
 impl Tdp {
     /// Serves a fault below `root`, to which the caller holds a reference.
+    #[inline]
     pub fn map<H: Host, S: TableSource>(
+        &self,
+        host: &H,
+        lock: &MmuRead<'_>,
+        root: TablePtr,
+        fault: &mut Fault<'_, H::Slot>,
+        source: &mut S,
+    ) -> Outcome {
+        self.map_around(host, lock, root, fault, source, &mut Nothing)
+    }
+
+    /// As [`map`](Tdp::map); and when that maps one 4 KiB page, maps also what is
+    /// around it, in the same walk.
+    pub fn map_around<H: Host, S: TableSource, A: Around>(
         &self,
         host: &H,
         _lock: &MmuRead<'_>,
         root: TablePtr,
         fault: &mut Fault<'_, H::Slot>,
         source: &mut S,
+        around: &mut A,
     ) -> Outcome {
         // SAFETY: The caller's reference keeps the root alive.
         let root = unsafe { root.as_ref() };
@@ -111,7 +127,11 @@ impl Tdp {
                 return Outcome::Retry;
             }
             if role.level == fault.goal_level {
-                return self.map_leaf(host, root, fault, &mut entry);
+                let outcome = self.map_leaf(host, root, fault, &mut entry);
+                if outcome == Outcome::Fixed && role.level == Level::L4K {
+                    self.fill_around(host, table, &root.role(), fault, around);
+                }
+                return outcome;
             }
             let Some(child) = role.child() else {
                 host.bug("rmmu: a fault has no level to be mapped at");

@@ -37,9 +37,11 @@
 //! - `change`: the one place where entries change, and the accounting
 //! - `roots`: the list of roots
 //! - `fault`, `fast`: the two fault paths; aging is next to the second
+//! - `around`: pages mapped ahead, next to one that faulted
 //! - `zap`, `dirty`, `huge`, `nx`: what KVM asks for
 //! - `inspect`: looking without touching
 
+mod around;
 mod change;
 mod dirty;
 mod fast;
@@ -51,6 +53,7 @@ mod roots;
 mod walk;
 mod zap;
 
+pub use around::{Around, Neighbour};
 pub use fast::{fast_fix, FastFix, FastOutcome, FAST_TRIES};
 pub use fault::{Fault, Outcome};
 pub use huge::NoMemory;

@@ -112,6 +112,29 @@ pub(super) fn child_table<'r, H: Host, R: RcuRead>(host: &H, spte: Spte, _rcu: &
     unsafe { table.as_ref() }
 }
 
+/// The table of the last level that translates `gfn`, if there is one.
+#[inline]
+pub(super) fn lowest_table<'r, H: Host, R: RcuRead>(
+    host: &H,
+    root: &'r Table,
+    gfn: Gfn,
+    rcu: &'r R,
+) -> Option<&'r Entries> {
+    let (mut table, mut level) = (root.entries(), root.level());
+    if gfn >= level.root_end() {
+        return None;
+    }
+    while let Some(below) = level.child() {
+        let entry = Entry::at(table, gfn, level);
+        if !entry.is_nonleaf() {
+            return None;
+        }
+        table = child_entries(host, entry.spte, rcu);
+        level = below;
+    }
+    Some(table)
+}
+
 enum State {
     Fresh,
     Walking,

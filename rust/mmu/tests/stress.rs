@@ -20,7 +20,8 @@ use common::{
 };
 use rmmu_engine::mmu::{
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
-    FastOutcome, Fault, Flush, Gfn, GfnRange, Host, Level, Outcome, Pfn, SpteFormat,
+    Around, FastOutcome, Fault, Flush, Gfn, GfnRange, Host, Level, Neighbour, Outcome, Pfn,
+    SpteFormat,
 };
 use std::{sync::Mutex, thread};
 
@@ -41,7 +42,32 @@ struct Shared {
     threads_left: AtomicU64,
     faults: AtomicU64,
     fast: AtomicU64,
+    ahead: AtomicU64,
     nx: bool,
+}
+
+/// The host's memory around a frame, without what is huge or for reading only.
+struct Window<'s> {
+    shared: &'s Shared,
+    range: GfnRange,
+}
+
+impl Around for Window<'_> {
+    fn range(&self) -> GfnRange {
+        self.range
+    }
+
+    fn page(&self, gfn: Gfn) -> Option<Neighbour> {
+        let backing = self.shared.backing.lock().unwrap();
+        (backing.level(gfn.0) == Level::L4K).then(|| Neighbour {
+            pfn: Pfn(backing.pfn(gfn.0)),
+            writable: !gfn.0.is_multiple_of(5),
+        })
+    }
+
+    fn mapped(&mut self, pages: u64) {
+        self.shared.ahead.fetch_add(pages, Ordering::Relaxed);
+    }
 }
 
 impl Shared {
@@ -135,7 +161,14 @@ impl Shared {
                 return Outcome::Retry;
             }
             let mut cache = Cache(host);
-            tdp.map(host, lock, root, &mut fault, &mut cache)
+            // No notification can begin now, so the window is as true as the page.
+            let window = 16 >> (gfn % 3);
+            let start = gfn & !(window - 1);
+            let mut around = Window {
+                shared: self,
+                range: range(start, start + window),
+            };
+            tdp.map_around(host, lock, root, &mut fault, &mut cache, &mut around)
         });
         assert!(
             matches!(outcome, Outcome::Fixed | Outcome::Spurious | Outcome::Retry),
@@ -246,6 +279,7 @@ fn stress(format: SpteFormat, nx: bool, seed: u64) {
         threads_left: AtomicU64::new(VCPUS as u64 + 3),
         faults: AtomicU64::new(0),
         fast: AtomicU64::new(0),
+        ahead: AtomicU64::new(0),
         nx,
     };
     let failed = AtomicBool::new(false);
@@ -286,7 +320,11 @@ fn stress(format: SpteFormat, nx: bool, seed: u64) {
         shared.vm.host.yields.load(Ordering::Relaxed)
     );
     assert!(shared.faults.load(Ordering::Relaxed) > 0);
-    shared.vm.destroy();
+    let ahead = shared.ahead.load(Ordering::Relaxed) as i64;
+    assert_eq!(ahead > 0, format.ad_enabled, "{ahead} pages mapped ahead");
+    // Every page that was mapped ahead is counted once, as used or as unused.
+    let counted = shared.vm.destroy_and(|host| host.ahead());
+    assert_eq!(counted.0 + counted.1, ahead, "{counted:?}");
 }
 
 #[test]

@@ -72,6 +72,8 @@ pub struct FakeHost {
     pub leaves: [AtomicI64; 5],
     /// Linked tables.
     pub tables: AtomicI64,
+    /// Pages mapped ahead that turned out used, and unused.
+    pub ahead: [AtomicI64; 2],
     /// NX candidates as they were accounted.
     pub nx_splits: AtomicI64,
     /// The NX mitigation is on.
@@ -164,6 +166,7 @@ impl FakeHost {
             tlbs: (0..vcpus).map(|_| Mutex::default()).collect(),
             leaves: Default::default(),
             tables: AtomicI64::new(0),
+            ahead: Default::default(),
             nx_splits: AtomicI64::new(0),
             nx: AtomicBool::new(false),
             break_every: AtomicU64::new(0),
@@ -201,6 +204,12 @@ impl FakeHost {
     /// The guest accesses memory.
     pub fn access(&self, vcpu: usize, gfn: Gfn, write: bool, exec: bool) -> Access {
         self.tlb(vcpu).access(self, gfn, write, exec)
+    }
+
+    /// Pages mapped ahead of which it is known that they were used, and that they were not.
+    pub fn ahead(&self) -> (i64, i64) {
+        let [used, unused] = &self.ahead;
+        (used.load(Ordering::Relaxed), unused.load(Ordering::Relaxed))
     }
 
     /// Broken invariants that the engine reported.
@@ -359,6 +368,11 @@ unsafe impl Host for FakeHost {
 
     fn account_leaf(&self, level: Level, delta: i64) {
         self.leaves[level.slot()].fetch_add(delta, Ordering::Relaxed);
+    }
+
+    fn account_ahead(&self, used: i64, unused: i64) {
+        self.ahead[0].fetch_add(used, Ordering::Relaxed);
+        self.ahead[1].fetch_add(unused, Ordering::Relaxed);
     }
 
     fn account_nx_split(&self, delta: i64) {

@@ -12,8 +12,8 @@ pub mod tlb;
 
 use host::{Cache, FakeHost, Slot};
 use rmmu_engine::mmu::{
-    sync::atomic::Ordering, types::PAGE_SHIFT, FastOutcome, Fault, Flush, Gfn, GfnRange, Host,
-    Level, Outcome, Pfn, Role, Spte, SpteFormat, TablePtr, Tdp,
+    sync::atomic::Ordering, types::PAGE_SHIFT, Around, FastOutcome, Fault, Flush, Gfn, GfnRange,
+    Host, Level, Outcome, Pfn, Role, Spte, SpteFormat, TablePtr, Tdp,
 };
 use std::collections::BTreeMap;
 
@@ -143,6 +143,21 @@ impl Vm {
         })
     }
 
+    /// Serves a fault and maps what is around it.
+    pub fn map_around(
+        &self,
+        vcpu: usize,
+        mut fault: Fault<'_, Slot>,
+        around: &mut impl Around,
+    ) -> Outcome {
+        let root = self.root(vcpu);
+        self.host.read(|lock| {
+            let mut cache = Cache(&self.host);
+            self.tdp
+                .map_around(&self.host, lock, root, &mut fault, &mut cache, around)
+        })
+    }
+
     /// Maps for writing, where each frame is backed by the frame of its number.
     pub fn map_write(&self, gfn: u64, level: Level) -> Outcome {
         let fault = self.fault(gfn, gfn, level);
@@ -226,6 +241,11 @@ impl Vm {
 
     /// Ends the VM and checks that nothing is left of it.
     pub fn destroy(self) {
+        self.destroy_and(|_| ());
+    }
+
+    /// The same, with a last look at what the host has counted.
+    pub fn destroy_and<R>(self, look: impl FnOnce(&FakeHost) -> R) -> R {
         for vcpu in 0..self.host.tlbs.len() {
             self.unload_root(vcpu);
         }
@@ -233,6 +253,7 @@ impl Vm {
         assert!(self.tdp.is_empty());
         assert_eq!(self.tdp.nx_candidates(), 0);
         self.host.assert_nothing_left();
+        look(&self.host)
     }
 
     /// Leaves of a level, as the host counts them.
