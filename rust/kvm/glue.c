@@ -22,6 +22,28 @@ bool rmmu_own_new_vms = true;
 module_param_named(own_new_vms, rmmu_own_new_vms, bool, 0644);
 MODULE_PARM_DESC(own_new_vms, "Serve the page tables of VMs created from now on (default 1). VMs that exist keep their owner.");
 
+unsigned int rmmu_fault_around_bytes = 64 * 1024;
+
+static int rmmu_param_set_fault_around(const char *val, const struct kernel_param *kp)
+{
+	char *end;
+	u64 bytes = memparse(val, &end);
+
+	if (*skip_spaces(end) || !rmmu_valid_fault_around_bytes(bytes)) {
+		pr_info("rmmu: fault_around_bytes is a power of two, from 4K (off) to 256K\n");
+		return -EINVAL;
+	}
+	WRITE_ONCE(rmmu_fault_around_bytes, bytes);
+	return 0;
+}
+
+static const struct kernel_param_ops rmmu_fault_around_ops = {
+	.set = rmmu_param_set_fault_around,
+	.get = param_get_uint,
+};
+module_param_cb(fault_around_bytes, &rmmu_fault_around_ops, &rmmu_fault_around_bytes, 0644);
+MODULE_PARM_DESC(fault_around_bytes, "How much to map around a page that faults, where the host has it mapped already: a power of two from 4096 (off) to 256K (default 64K).");
+
 /* Named field: Rust's static branch macro addresses the key by type and field. */
 struct rmmu_tdp_mmu_key {
 	struct static_key_true key;
@@ -152,8 +174,6 @@ bool rmmu_is_mmio_pfn(u64 pfn)
 
 /* Memory slots */
 
-bool rmmu_slot_dirty_tracked(const struct kvm_memory_slot *slot) { return kvm_slot_dirty_track_enabled(slot); }
-bool rmmu_slot_gmem_only(const struct kvm_memory_slot *slot) { return kvm_memslot_is_gmem_only(slot); }
 bool rmmu_slot_is_apic_access(const struct kvm_memory_slot *slot)
 {
 	return slot->id == APIC_ACCESS_PAGE_PRIVATE_MEMSLOT;
@@ -214,6 +234,7 @@ void *rmmu_table_header(u64 hpa) { return (void *)page_private(pfn_to_page(PHYS_
 void rmmu_table_join(void *header, void *spt) { set_page_private(virt_to_page(spt), (unsigned long)header); }
 void rmmu_table_part(void *spt) { set_page_private(virt_to_page(spt), 0); }
 u64 rmmu_pa(const void *spt) { return __pa(spt); }
+unsigned long rmmu_direct_map(void) { return PAGE_OFFSET; }
 void rmmu_table_account(void *spt, int nr) { kvm_account_pgtable_pages(spt, nr); }
 void *rmmu_header_alloc(void) { return kmem_cache_zalloc(*rmmu_header_cache, GFP_KERNEL_ACCOUNT); }
 void rmmu_header_free(void *header) { kmem_cache_free(*rmmu_header_cache, header); }
@@ -294,6 +315,15 @@ RMMU_SHOW_VM(tables);
 RMMU_SHOW_VM(faults);
 RMMU_SHOW_VM(shadow);
 RMMU_SHOW_VM(page_table);
+RMMU_SHOW_VM(fault_around);
+
+static int rmmu_fault_around_get(void *vm, u64 *bytes)
+{
+	*bytes = rmmu_get_fault_around_bytes(vm);
+	return 0;
+}
+
+DEFINE_DEBUGFS_ATTRIBUTE(rmmu_fault_around_bytes_fops, rmmu_fault_around_get, rmmu_set_fault_around_bytes, "%llu\n");
 
 struct dentry *rmmu_debugfs_init(void)
 {
@@ -316,6 +346,8 @@ struct dentry *rmmu_debugfs_add_vm(const char *name, void *vm)
 	debugfs_create_file("faults", 0444, dir, vm, &rmmu_faults_fops);
 	debugfs_create_file("shadow", 0444, dir, vm, &rmmu_shadow_fops);
 	debugfs_create_file("page_table", 0444, dir, vm, &rmmu_page_table_fops);
+	debugfs_create_file("fault_around", 0444, dir, vm, &rmmu_fault_around_fops);
+	debugfs_create_file("fault_around_bytes", 0644, dir, vm, &rmmu_fault_around_bytes_fops);
 	return dir;
 }
 

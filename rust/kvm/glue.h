@@ -40,6 +40,8 @@ extern char rmmu_owner_mark;
 /* Module parameters */
 extern bool rmmu_own_new_vms;
 extern bool rmmu_wants_tdp_mmu;
+extern unsigned int rmmu_fault_around_bytes;
+bool rmmu_valid_fault_around_bytes(u64 bytes);	/* Rust */
 int rmmu_set_tdp_mmu(bool on);		/* Rust: refuses while owned VMs exist */
 void rmmu_switch_tdp_mmu(bool on);
 #ifndef CONFIG_JUMP_LABEL
@@ -87,9 +89,21 @@ bool rmmu_host_mmio_buffers(void);
 void rmmu_force_exit_all(struct kvm *kvm);
 bool rmmu_is_mmio_pfn(u64 pfn);
 
+/* What the host's page table has for a frame: its pfn in bits 12 and up, and these. 0 is nothing. */
+#define RMMU_HOST_PRESENT	1ULL
+#define RMMU_HOST_WRITABLE	2ULL
+#define RMMU_HOST_WINDOW	64
+
+/* Frames next to each other; those from first up to end are there, around the one that was asked for. */
+struct rmmu_host_window {
+	u64 pages[RMMU_HOST_WINDOW];
+	unsigned int first, end;
+};
+
+int rmmu_host_window(struct kvm *kvm, const struct kvm_memory_slot *slot, gfn_t gfn, unsigned int at, unsigned int pages,
+		     bool write, struct rmmu_host_window *window);
+
 /* Memory slots */
-bool rmmu_slot_dirty_tracked(const struct kvm_memory_slot *slot);
-bool rmmu_slot_gmem_only(const struct kvm_memory_slot *slot);
 bool rmmu_slot_is_apic_access(const struct kvm_memory_slot *slot);
 bool rmmu_slot_lpage_disallowed(const struct kvm_memory_slot *slot, gfn_t gfn, int level);
 int rmmu_host_mapping_level(struct kvm *kvm, const struct kvm_memory_slot *slot, gfn_t gfn);
@@ -101,6 +115,7 @@ void *rmmu_table_header(u64 hpa);
 void rmmu_table_join(void *header, void *spt);
 void rmmu_table_part(void *spt);
 u64 rmmu_pa(const void *spt);
+unsigned long rmmu_direct_map(void);
 void rmmu_table_account(void *spt, int nr);
 void *rmmu_header_alloc(void);
 void rmmu_header_free(void *header);
@@ -132,5 +147,8 @@ void rmmu_show_tables(struct seq_file *m, void *vm);
 void rmmu_show_faults(struct seq_file *m, void *vm);
 void rmmu_show_shadow(struct seq_file *m, void *vm);
 void rmmu_show_page_table(struct seq_file *m, void *vm);
+void rmmu_show_fault_around(struct seq_file *m, void *vm);
+u64 rmmu_get_fault_around_bytes(void *vm);
+int rmmu_set_fault_around_bytes(void *vm, u64 bytes);
 
 #endif

@@ -17,9 +17,18 @@ use crate::{
 };
 use core::{
     ptr::NonNull,
-    sync::atomic::{AtomicI64, Ordering},
+    sync::atomic::{AtomicI64, AtomicU64, Ordering},
 };
 use kernel::prelude::*;
+
+/// What became of pages that were mapped ahead.
+#[derive(Default)]
+pub struct AheadStats {
+    /// Pages that had been used when they were looked at.
+    pub used: AtomicU64,
+    /// Pages that had not.
+    pub unused: AtomicU64,
+}
 
 /// One VM, for the engine.
 #[derive(Clone, Copy)]
@@ -36,6 +45,8 @@ pub struct KvmHost<'a> {
     pub shadow_stats: &'a ShadowStats,
     /// KVM uses nested paging.
     pub tdp_enabled: bool,
+    /// Pages that were mapped ahead.
+    pub ahead: &'a AheadStats,
 }
 
 // SAFETY: `alloc_table` adopts fresh memory; RCU frees go through call_rcu(); the header of a table page is found through
@@ -68,8 +79,7 @@ unsafe impl Host for KvmHost<'_> {
 
     #[inline]
     fn entries_of(&self, hpa: Hpa) -> NonNull<Entries> {
-        // SAFETY: the address of a live page of entries, which is in the kernel's own mapping of memory.
-        unsafe { NonNull::new_unchecked(bindings::rmmu_va(hpa.0).cast()) }
+        table::entries_at(hpa)
     }
 
     fn alloc_table(&self) -> Option<TablePtr> {
@@ -90,6 +100,13 @@ unsafe impl Host for KvmHost<'_> {
         self.tables.fetch_add(delta.into(), Ordering::Relaxed);
         // SAFETY: the entries are a live page of the kernel's memory.
         unsafe { bindings::rmmu_table_account(table.entries().as_ptr().cast(), delta) }
+    }
+
+    fn account_ahead(&self, used: i64, unused: i64) {
+        self.ahead.used.fetch_add(used as u64, Ordering::Relaxed);
+        self.ahead
+            .unused
+            .fetch_add(unused as u64, Ordering::Relaxed);
     }
 
     fn account_leaf(&self, level: Level, delta: i64) {

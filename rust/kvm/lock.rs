@@ -26,6 +26,11 @@ impl<'a> ReadGuard<'a> {
     pub fn token(&mut self) -> &mut MmuRead<'a> {
         &mut self.token
     }
+
+    /// The same for those who do not let go of it.
+    pub fn held(&self) -> &MmuRead<'a> {
+        &self.token
+    }
 }
 
 impl Drop for ReadGuard<'_> {

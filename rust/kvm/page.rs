@@ -3,10 +3,13 @@
 //! The one central interface to the host's pages: from a frame of a slot to a host frame.
 
 use crate::{
-    kvm::{bindings, calls, slot::Slot, vcpu::Vcpu, vm::Kvm},
-    mmu::types::{Gfn, Level, Pfn},
+    kvm::{bindings, calls, lock::ReadGuard, slot::Slot, vcpu::Vcpu, vm::Kvm},
+    mmu::types::{Gfn, GfnRange, Level, Pfn, PAGE_SHIFT},
 };
-use core::ptr::{self, NonNull};
+use core::{
+    mem::MaybeUninit,
+    ptr::{self, NonNull},
+};
 use kernel::error::code::EFAULT;
 
 /// What the host maps at a frame, with a reference on the page until the value is released.
@@ -138,6 +141,105 @@ impl HostPage {
                 calls::kvm_release_page_clean(page.as_ptr())
             }
         }
+    }
+}
+
+/// How many frames one look at the host's page table can cover.
+pub const MAX_WINDOW: u64 = bindings::RMMU_HOST_WINDOW as u64;
+
+/// A page that the host has mapped, without a reference: it is as true as `mmu_lock` is held.
+#[derive(Clone, Copy)]
+pub struct MappedPage {
+    /// The frame.
+    pub pfn: Pfn,
+    /// The host lets us write, and knows already that the page is dirty.
+    pub writable: bool,
+}
+
+/// What the host's page table has for a frame and the frames around it.
+pub struct HostWindow<'l> {
+    window: &'l bindings::rmmu_host_window,
+    base: Gfn,
+    read_only: bool,
+    /// The level at which the host maps the frame that was asked for; none if it does not, or does not allow the access.
+    pub level: Option<Level>,
+    _lock: &'l ReadGuard<'l>,
+}
+
+/// Where a look at the host's page table goes. It is large, and not to be copied.
+pub type WindowPlace = MaybeUninit<bindings::rmmu_host_window>;
+
+impl<'l> HostWindow<'l> {
+    /// A place for a look.
+    pub const PLACE: WindowPlace = MaybeUninit::uninit();
+
+    /// Looks at `range`, frames of the slot around `gfn`. Never sleeps, never faults the host.
+    ///
+    /// The caller holds `mmu_lock`, and no invalidation of the range is in progress: none can begin until the lock drops,
+    /// so what is found here may be mapped as it is. `None` if the range is not one to look at.
+    #[inline]
+    pub fn look(
+        kvm: &Kvm,
+        slot: &Slot,
+        gfn: Gfn,
+        range: GfnRange,
+        write: bool,
+        lock: &'l ReadGuard<'l>,
+        place: &'l mut WindowPlace,
+    ) -> Option<Self> {
+        let within = slot.range().intersect(range);
+        if within != range || !range.contains(gfn) || range.pages() > MAX_WINDOW {
+            return None;
+        }
+        let read_only = slot.read_only();
+        if write && read_only {
+            return None;
+        }
+        // SAFETY: VM and slot live, and so does the VM's mm, which is this thread's; the frames are in the slot, so that
+        // their addresses follow each other; the place has room for them.
+        let level = unsafe {
+            bindings::rmmu_host_window(
+                kvm.as_ptr(),
+                slot.as_ptr(),
+                gfn.0,
+                gfn.0.wrapping_sub(range.start.0) as u32,
+                range.pages() as u32,
+                write,
+                place.as_mut_ptr(),
+            )
+        };
+        Some(HostWindow {
+            // SAFETY: the function has written `first`, `end` and what is between; the rest is never read, and is numbers
+            // whatever it holds.
+            window: unsafe { place.assume_init_ref() },
+            base: range.start,
+            read_only,
+            level: Level::new(level as u8),
+            _lock: lock,
+        })
+    }
+
+    /// The frames that were found, the one that was asked for among them.
+    #[inline]
+    pub fn range(&self) -> GfnRange {
+        GfnRange::new(
+            self.base.add(self.window.first.into()),
+            self.base.add(self.window.end.into()),
+        )
+    }
+
+    /// The page at a frame.
+    #[inline]
+    pub fn page(&self, gfn: Gfn) -> Option<MappedPage> {
+        let at = gfn.0.wrapping_sub(self.base.0) as usize;
+        if at < self.window.first as usize || at >= self.window.end as usize {
+            return None;
+        }
+        let page = *self.window.pages.get(at)?;
+        (page & bindings::RMMU_HOST_PRESENT as u64 != 0).then_some(MappedPage {
+            pfn: Pfn(page >> PAGE_SHIFT),
+            writable: page & bindings::RMMU_HOST_WRITABLE as u64 != 0 && !self.read_only,
+        })
     }
 }
 

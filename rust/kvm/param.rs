@@ -3,7 +3,7 @@
 //! Parameters: our own, and kvm.ko's variables that decide what the MMU does.
 
 use crate::{
-    kvm::{bindings, symbols, vm::Kvm},
+    kvm::{bindings, symbols, table, vm::Kvm},
     mmu::{
         spte::SpteFormat,
         types::{Gfn, Level},
@@ -63,6 +63,16 @@ pub fn own_new_vms() -> bool {
     unsafe { (&raw const bindings::rmmu_own_new_vms).read_volatile() }
 }
 
+/// How much to map around a page that faulted; a power of two.
+pub fn fault_around_bytes() -> u64 {
+    // SAFETY: a word that sysfs writes; read once.
+    unsafe {
+        (&raw const bindings::rmmu_fault_around_bytes)
+            .read_volatile()
+            .into()
+    }
+}
+
 /// A variable of kvm.ko that can change while it runs.
 struct Variable<T>(AtomicPtr<T>);
 
@@ -98,6 +108,7 @@ static MAX_HUGE_LEVEL: AtomicUsize = AtomicUsize::new(1);
 
 /// Looks the variables up; kvm.ko is there.
 pub fn bind() -> Result {
+    table::bind();
     NX_HUGE_PAGES.bind(c"nx_huge_pages")?;
     EAGER_PAGE_SPLIT.bind(c"eager_page_split")?;
     FLUSH_ON_REUSE.bind(c"force_flush_and_sync_on_reuse")?;

@@ -128,7 +128,6 @@ u64 rmmu_page_to_pfn(struct page *page) { return page_to_pfn(page); }
 u64 rmmu_dummy_root(void) { return kvm_mmu_get_dummy_root(); }
 bool rmmu_is_dummy_root(u64 hpa) { return kvm_mmu_is_dummy_root(hpa); }
 void *rmmu_zeroed_page(void) { return (void *)get_zeroed_page(GFP_KERNEL_ACCOUNT); }
-void *rmmu_va(u64 hpa) { return __va(hpa); }
 
 /* Metadata of slots */
 

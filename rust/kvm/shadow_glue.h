@@ -37,7 +37,6 @@ u64 rmmu_page_to_pfn(struct page *page);
 u64 rmmu_dummy_root(void);
 bool rmmu_is_dummy_root(u64 hpa);
 void *rmmu_zeroed_page(void);
-void *rmmu_va(u64 hpa);
 
 /* Metadata of slots */
 bool rmmu_shadow_root_allocated(struct kvm *kvm);

@@ -30,6 +30,7 @@ impl Slot {
     }
 
     /// The frames of the slot.
+    #[inline]
     pub fn range(&self) -> GfnRange {
         // SAFETY: the slot lives, and its place is constant.
         let (base, pages) = unsafe { ((*self.as_ptr()).base_gfn, (*self.as_ptr()).npages) };
@@ -43,16 +44,22 @@ impl Slot {
     }
 
     /// Whether the slot is on its way out (deleted or moved).
+    #[inline]
     pub fn invalid(&self) -> bool {
+        self.has(bindings::KVM_MEMSLOT_INVALID)
+    }
+
+    #[inline]
+    fn has(&self, flag: u32) -> bool {
         // SAFETY: the slot lives; a word that is read once.
         let flags = unsafe { core::ptr::read_volatile(&raw const (*self.as_ptr()).flags) };
-        flags & bindings::KVM_MEMSLOT_INVALID != 0
+        flags & flag != 0
     }
 
     /// Whether the guest may only read.
+    #[inline]
     pub fn read_only(&self) -> bool {
-        // SAFETY: the slot lives.
-        unsafe { (*self.as_ptr()).flags & bindings::KVM_MEM_READONLY != 0 }
+        self.has(bindings::KVM_MEM_READONLY)
     }
 
     /// Whether the slot is KVM's own page for the APIC.
@@ -62,21 +69,34 @@ impl Slot {
     }
 
     /// Whether writes to the slot are logged.
+    #[inline]
     pub fn dirty_tracked(&self) -> bool {
-        // SAFETY: the slot lives.
-        unsafe { bindings::rmmu_slot_dirty_tracked(self.as_ptr()) }
+        self.has(bindings::KVM_MEM_LOG_DIRTY_PAGES)
     }
 
     /// Whether all of the slot's memory is a guest_memfd.
+    #[inline]
     pub fn gmem_only(&self) -> bool {
-        // SAFETY: the slot lives.
-        unsafe { bindings::rmmu_slot_gmem_only(self.as_ptr()) }
+        self.has(bindings::KVM_MEMSLOT_GMEM_ONLY)
     }
 
-    /// Whether somebody outside of KVM tracks writes to `gfn`, which lies in the slot.
+    /// Whether writes to `gfn`, which lies in the slot, are tracked.
+    #[inline]
     pub fn write_tracked(&self, kvm: &Kvm, gfn: Gfn) -> bool {
         // SAFETY: both live, and the frame is in the slot.
-        unsafe { calls::kvm_gfn_is_write_tracked(kvm.as_ptr(), self.as_ptr(), gfn.0) }
+        self.has_write_tracking()
+            && unsafe { calls::kvm_gfn_is_write_tracked(kvm.as_ptr(), self.as_ptr(), gfn.0) }
+    }
+
+    /// Whether writes to some frame of the slot can be tracked at all. Most slots never are.
+    #[inline]
+    pub fn has_write_tracking(&self) -> bool {
+        // SAFETY: the slot lives. KVM allocates the array before the first frame is tracked, and never takes it away.
+        unsafe {
+            !(&raw const (*self.as_ptr()).arch.gfn_write_track)
+                .read_volatile()
+                .is_null()
+        }
     }
 
     /// Counts who wants writes to `gfn`, which lies in the slot, tracked. `mmu_lock` is held for write.
@@ -118,6 +138,21 @@ impl Slot {
     ///
     /// The caller holds `mmu_lock` and has checked, or will check, for an invalidation.
     pub fn max_mapping_level(&self, kvm: &Kvm, gfn: Gfn, limit: Level) -> Level {
+        let level = self.max_level(gfn, limit);
+        if level == Level::L4K {
+            return level;
+        }
+        // SAFETY: both live; the VM's mm cannot go while a handler runs.
+        let host = unsafe { bindings::rmmu_host_mapping_level(kvm.as_ptr(), self.as_ptr(), gfn.0) };
+        Level::new(host as u8).unwrap_or(Level::L4K).min(level)
+    }
+
+    /// The highest level that the slot allows for `gfn`, at most `limit`.
+    #[inline]
+    pub fn max_level(&self, gfn: Gfn, limit: Level) -> Level {
+        if limit == Level::L4K {
+            return limit;
+        }
         let range = self.range();
         let mut level = limit.min(Level::MAX_HUGE);
         // `gfn` of a table that starts before the slot has no lpage_info.
@@ -134,11 +169,9 @@ impl Slot {
             }
             level = level.child().unwrap_or(Level::L4K);
         }
-        if level == Level::L4K || self.gmem_only() {
+        if self.gmem_only() {
             return Level::L4K;
         }
-        // SAFETY: both live; the VM's mm cannot go while a handler runs.
-        let host = unsafe { bindings::rmmu_host_mapping_level(kvm.as_ptr(), self.as_ptr(), gfn.0) };
-        Level::new(host as u8).unwrap_or(Level::L4K).min(level)
+        level
     }
 }

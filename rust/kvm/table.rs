@@ -21,7 +21,7 @@ use core::{
     ffi::c_void,
     mem::{offset_of, size_of},
     ptr::NonNull,
-    sync::atomic::{AtomicI64, Ordering},
+    sync::atomic::{AtomicI64, AtomicUsize, Ordering},
 };
 
 const _: () = assert!(size_of::<Table>() <= offset_of!(bindings::kvm_mmu_page, callback_head));
@@ -38,6 +38,28 @@ pub(super) fn count_live(delta: i64) {
 /// Table pages that exist.
 pub fn live() -> i64 {
     LIVE.load(Ordering::Relaxed)
+}
+
+/// Where the kernel maps all memory; constant after [`bind`].
+static DIRECT_MAP: AtomicUsize = AtomicUsize::new(0);
+
+/// Looks up what is constant while the kernel runs. Before any VM is ours.
+pub fn bind() {
+    // SAFETY: no precondition.
+    DIRECT_MAP.store(
+        unsafe { bindings::rmmu_direct_map() } as usize,
+        Ordering::Relaxed,
+    );
+}
+
+/// The entries of the table page at `hpa`, without a look at its header.
+#[inline]
+pub(super) fn entries_at(hpa: Hpa) -> NonNull<Entries> {
+    let address = DIRECT_MAP
+        .load(Ordering::Relaxed)
+        .wrapping_add(hpa.0 as usize);
+    // SAFETY: the direct map does not begin at 0.
+    unsafe { NonNull::new_unchecked(address as *mut Entries) }
 }
 
 /// Waits until every table that was freed is gone.

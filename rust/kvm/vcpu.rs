@@ -281,6 +281,12 @@ impl Vcpu {
         unsafe { Kvm::from_raw((*self.as_ptr()).kvm) }
     }
 
+    /// The number of the vCPU among those of its VM.
+    pub fn index(&self) -> usize {
+        // SAFETY: set when the vCPU was created, constant afterwards.
+        unsafe { (*self.as_ptr()).vcpu_idx as usize }
+    }
+
     /// The context in use.
     pub fn mmu(&self) -> &Mmu {
         // SAFETY: points into the vCPU, which lives.
@@ -306,18 +312,22 @@ impl Vcpu {
 
     /// Fills the caches that tables of one fault come from. Sleeps.
     pub fn topup_table_caches(&self) -> Result {
+        /// Tables between a root and a 4K entry, and a root.
+        const TABLES: i32 = 5;
         // SAFETY: the caches are this thread's.
         unsafe {
             let arch = &raw mut (*self.as_ptr()).arch;
-            to_result(calls::kvm_mmu_topup_memory_cache(
+            for cache in [
                 &raw mut (*arch).mmu_shadow_page_cache,
-                5,
-            ))?;
-            to_result(calls::kvm_mmu_topup_memory_cache(
                 &raw mut (*arch).mmu_page_header_cache,
-                5,
-            ))
+            ] {
+                // Most faults need no table: only what they find missing is worth a call.
+                if (*cache).nobjs < TABLES {
+                    to_result(calls::kvm_mmu_topup_memory_cache(cache, TABLES))?;
+                }
+            }
         }
+        Ok(())
     }
 
     /// A header and a page of entries out of the caches, or nothing if they are empty.

@@ -187,6 +187,29 @@ impl Kvm {
         unsafe { bindings::rmmu_invalidate_retry(self.as_ptr(), seq, gfn) }
     }
 
+    /// Whether any frame of the range is being invalidated. `mmu_lock` is held, so it stays as it is.
+    #[inline]
+    pub fn invalidates(&self, _lock: &ReadGuard<'_>, range: GfnRange) -> bool {
+        self.invalidation_meets(range)
+    }
+
+    /// Whether `gfn` is being invalidated; a hint, to keep off the lock that the invalidation needs.
+    #[inline]
+    pub fn invalidating_hint(&self, gfn: Gfn) -> bool {
+        self.invalidation_meets(GfnRange::new(gfn, gfn.add(1)))
+    }
+
+    #[inline]
+    fn invalidation_meets(&self, range: GfnRange) -> bool {
+        let kvm = self.as_ptr();
+        // SAFETY: words of the VM that are written under mmu_lock held for write. Each is read once.
+        unsafe {
+            (&raw const (*kvm).mmu_invalidate_in_progress).read_volatile() != 0
+                && range.start.0 < (&raw const (*kvm).mmu_invalidate_range_end).read_volatile()
+                && range.end.0 > (&raw const (*kvm).mmu_invalidate_range_start).read_volatile()
+        }
+    }
+
     /// Runs `f`, which changes mappings of `[start, end)`, so that faults that race with it retry.
     pub fn invalidating<R>(
         &self,

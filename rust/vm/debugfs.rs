@@ -13,6 +13,7 @@ use crate::{
         symbols, table,
     },
     mmu::{
+        role::Role,
         shadow::Root,
         spte::Spte,
         table::TablePtr,
@@ -20,7 +21,7 @@ use crate::{
     },
 };
 use core::{
-    ffi::c_void,
+    ffi::{c_int, c_void},
     sync::atomic::{AtomicPtr, AtomicU64, Ordering},
 };
 use kernel::{prelude::*, seq_file::SeqFile, seq_print, str::CString};
@@ -226,6 +227,66 @@ unsafe extern "C" fn rmmu_show_shadow(m: *mut bindings::seq_file, data: *mut c_v
     }
 }
 
+/// The file `fault_around_bytes`, when it is read.
+///
+/// # Safety
+///
+/// Called by debugfs, with the file's data.
+#[no_mangle]
+unsafe extern "C" fn rmmu_get_fault_around_bytes(data: *mut c_void) -> u64 {
+    // SAFETY: called by debugfs.
+    unsafe { vm(data) }.around.bytes()
+}
+
+/// The file `fault_around_bytes`, when it is written.
+///
+/// # Safety
+///
+/// Called by debugfs, with the file's data.
+#[no_mangle]
+unsafe extern "C" fn rmmu_set_fault_around_bytes(data: *mut c_void, bytes: u64) -> c_int {
+    // SAFETY: called by debugfs.
+    match unsafe { vm(data) }.around.set_bytes(bytes) {
+        Ok(()) => 0,
+        Err(error) => error.to_errno(),
+    }
+}
+
+/// The file `fault_around`.
+///
+/// # Safety
+///
+/// Called by debugfs, with the file's data.
+#[no_mangle]
+unsafe extern "C" fn rmmu_show_fault_around(m: *mut bindings::seq_file, data: *mut c_void) {
+    // SAFETY: called by debugfs.
+    let (m, vm) = unsafe { (seq(m), vm(data)) };
+    let (mut used, mut idle) = (0u64, 0u64);
+    with_roots(vm, |root, _| {
+        visit_all(vm, root, |_, _, spte| {
+            if spte.is_ahead() {
+                let counter = if spte.is_accessed(&vm.format) {
+                    &mut used
+                } else {
+                    &mut idle
+                };
+                *counter = counter.wrapping_add(1);
+            }
+        });
+    });
+    let counters = vm.around.counters();
+    seq_print!(m, "windows {}\n", counters.windows);
+    seq_print!(m, "mapped_ahead {}\n", counters.mapped);
+    seq_print!(m, "used {}\n", counters.used.wrapping_add(used));
+    seq_print!(m, "unused {}\n", counters.unused);
+    seq_print!(m, "idle {}\n", idle);
+    seq_print!(m, "vcpu_window_pages");
+    for pages in vm.around.learnt() {
+        seq_print!(m, " {}", pages);
+    }
+    seq_print!(m, "\n");
+}
+
 /// Neighbouring leaves of one level and one set of permissions.
 struct Run {
     start: Gfn,
@@ -300,16 +361,19 @@ impl Runs<'_> {
     }
 }
 
-fn print_root(m: &SeqFile, vm: &Vm, root: TablePtr) {
-    let mut runs = Runs { m, vm, run: None };
+/// Visits all leaves below a root on which the caller holds a reference, in bounded RCU sections.
+fn visit_all(vm: &Vm, root: TablePtr, mut visit: impl FnMut(Gfn, Level, Spte)) {
     let mut from = Some(Gfn(0));
     while let Some(gfn) = from {
         from = vm
             .tdp
-            .visit_leaves(&vm.host(), root, gfn, BATCH, |gfn, level, spte| {
-                runs.leaf(gfn, level, spte)
-            });
+            .visit_leaves(&vm.host(), root, gfn, BATCH, &mut visit);
     }
+}
+
+fn print_root(m: &SeqFile, vm: &Vm, root: TablePtr) {
+    let mut runs = Runs { m, vm, run: None };
+    visit_all(vm, root, |gfn, level, spte| runs.leaf(gfn, level, spte));
     runs.end();
 }
 
@@ -360,16 +424,9 @@ fn print_shadow_roots(m: &SeqFile, vm: &Vm) {
     }
 }
 
-/// The file `page_table`.
-///
-/// # Safety
-///
-/// Called by debugfs, with the file's data.
-#[no_mangle]
-unsafe extern "C" fn rmmu_show_page_table(m: *mut bindings::seq_file, data: *mut c_void) {
-    // SAFETY: called by debugfs.
-    let (m, vm) = unsafe { (seq(m), vm(data)) };
-    // References, so that the lock need not be held while the tables are printed.
+/// Calls `f` with every valid root and its role, without a lock. Returns how many roots were left out.
+fn with_roots(vm: &Vm, mut f: impl FnMut(TablePtr, Role)) -> u32 {
+    // References, so that the lock need not be held meanwhile.
     let mut roots = [None; 8];
     let mut left_out = 0u32;
     {
@@ -389,6 +446,23 @@ unsafe extern "C" fn rmmu_show_page_table(m: *mut bindings::seq_file, data: *mut
             });
     }
     for (root, role) in roots.into_iter().flatten() {
+        f(root, role);
+        let _lock = vm.kvm.read_lock();
+        vm.tdp.put_root(&vm.host(), root);
+    }
+    left_out
+}
+
+/// The file `page_table`.
+///
+/// # Safety
+///
+/// Called by debugfs, with the file's data.
+#[no_mangle]
+unsafe extern "C" fn rmmu_show_page_table(m: *mut bindings::seq_file, data: *mut c_void) {
+    // SAFETY: called by debugfs.
+    let (m, vm) = unsafe { (seq(m), vm(data)) };
+    let left_out = with_roots(vm, |root, role| {
         seq_print!(
             m,
             "# root level {}{}{}\n",
@@ -397,9 +471,7 @@ unsafe extern "C" fn rmmu_show_page_table(m: *mut bindings::seq_file, data: *mut
             if role.guest_mode { " guest-mode" } else { "" }
         );
         print_root(m, vm, root);
-        let _lock = vm.kvm.read_lock();
-        vm.tdp.put_root(&vm.host(), root);
-    }
+    });
     if left_out != 0 {
         seq_print!(m, "# {} more roots\n", left_out);
     }

@@ -17,7 +17,8 @@ use super::{shadow::AfterProtection, Vm};
 use crate::kvm::bindings::{EMULTYPE_ALLOW_RETRY_PF, EMULTYPE_PF, EMULTYPE_WRITE_PF_TO_SP};
 use crate::{
     kvm::{
-        page::{self, HostPage, Lookup, NoPage},
+        lock::ReadGuard,
+        page::{self, HostPage, HostWindow, Lookup, NoPage},
         param,
         shadow::{root_kind, RootKind},
         table, trace,
@@ -26,8 +27,9 @@ use crate::{
     },
     mmu::{
         spte::Spte,
+        table::TablePtr,
         tdp::{FastOutcome, Fault, Outcome},
-        types::{Gfn, Level, ACC_ALL, PAGE_SHIFT},
+        types::{Gfn, GfnRange, Level, ACC_ALL, PAGE_SHIFT},
     },
 };
 use core::{
@@ -117,6 +119,18 @@ pub(super) enum Backing<'s> {
     },
     /// Nothing: an MMIO entry is to be installed.
     Mmio { seq: usize },
+}
+
+/// How a fault ended that the TDP MMU has served.
+fn finish(outcome: Outcome) -> Result<Handled> {
+    match outcome {
+        Outcome::Fixed => Ok(Handled::Fixed),
+        Outcome::Spurious => Ok(Handled::Spurious),
+        Outcome::Retry => Ok(Handled::Retry),
+        Outcome::Emulate => Ok(Handled::Emulate),
+        Outcome::WriteProtected => Ok(Handled::WriteProtected { own_table: false }),
+        Outcome::OutOfMemory => Err(ENOMEM),
+    }
 }
 
 fn bump(counter: &AtomicU64) {
@@ -345,12 +359,139 @@ impl Vm {
             return Ok(handled);
         }
         vcpu.topup_table_caches()?;
+        let plain = slot.filter(|slot| !slot.invalid() && !slot.is_apic_access_page());
+        let resident =
+            |level: &mut Level| plain.and_then(|slot| self.map_resident(vcpu, access, slot, level));
+        if let Some(handled) = resident(level) {
+            return handled;
+        }
         match self.back(vcpu, access, slot, 0, ACC_ALL) {
             Ok(Backing::Page { slot, page, seq }) => {
                 self.map_page(vcpu, access, slot, page, seq, level)
             }
             Ok(Backing::Mmio { .. }) => self.map_mmio(vcpu, access),
+            // Most often by our own doing: the host broke a copy-on-write. Then it has the page mapped now.
+            Err(Ok(Handled::Retry)) => resident(level).unwrap_or(Ok(Handled::Retry)),
             Err(handled) => handled,
+        }
+    }
+
+    /// Installs a page that the host has mapped; `None` if it has not, or has it in a way that is not for us to judge.
+    ///
+    /// The host's page table is looked at under the lock, when nothing in it can be taken away. That saves what it takes to
+    /// rely on a page that was looked up earlier: a reference, the count of invalidations and its barriers, and marking the
+    /// page. A page is dirty in the host's table already if it is mapped writable here. It need not be marked as accessed
+    /// either: reclaim asks the notifier, which finds the accessed bit of the entry; hence this is for formats that have one.
+    #[inline]
+    fn map_resident(
+        &self,
+        vcpu: &Vcpu,
+        access: &Access,
+        slot: &Slot,
+        level: &mut Level,
+    ) -> Option<Result<Handled>> {
+        if !self.format.ad_enabled || slot.gmem_only() {
+            return None;
+        }
+        // An invalidation needs the lock for write: keep off it.
+        if self.kvm.invalidating_hint(access.gfn) {
+            return Some(Ok(Handled::Retry));
+        }
+        let dirty_track = slot.dirty_tracked();
+        let lock = self.kvm.read_lock();
+        let Some(root) = self.current_root(vcpu) else {
+            return Some(Ok(Handled::Retry));
+        };
+        let alone = GfnRange::new(access.gfn, access.gfn.add(1));
+        if self.kvm.invalidates(&lock, alone) {
+            return Some(Ok(Handled::Retry));
+        }
+        let range = self.range_around(vcpu, access, slot, root, &lock);
+        let mut place = HostWindow::PLACE;
+        let host = HostWindow::look(
+            self.kvm,
+            slot,
+            access.gfn,
+            range,
+            access.write,
+            &lock,
+            &mut place,
+        )?;
+        let (host_level, page) = (host.level?, host.page(access.gfn)?);
+        let mut fault = Fault {
+            slot: Some(slot),
+            pfn: page.pfn,
+            map_writable: page.writable,
+            max_level: host_level.min(param::max_huge_level()),
+            dirty_track,
+            memtype: if self.host_mmio_matters {
+                page::memtype(vcpu, access.gfn, false)
+            } else {
+                0
+            },
+            ..self.fault_of(access)
+        };
+        self.choose_level_by(&mut fault, |gfn, limit| slot.max_level(gfn, limit));
+        let outcome = self.install(vcpu, access, &lock, root, &mut fault, slot, Some(&host));
+        *level = fault.goal_level;
+        Some(finish(outcome))
+    }
+
+    /// The frames that may be mapped along with the one that faulted, that one among them.
+    #[inline]
+    fn range_around(
+        &self,
+        vcpu: &Vcpu,
+        access: &Access,
+        slot: &Slot,
+        root: TablePtr,
+        lock: &ReadGuard<'_>,
+    ) -> GfnRange {
+        let alone = GfnRange::new(access.gfn, access.gfn.add(1));
+        // Where an entry is present already, its window was mapped when that was made.
+        if access.prefetch || access.has(pferr::PRESENT) || slot.dirty_tracked() {
+            return alone;
+        }
+        let range = self.window(vcpu, root, slot, access.gfn);
+        if self.kvm.invalidates(lock, range) {
+            return alone;
+        }
+        range
+    }
+
+    /// Lets the engine map the page, and what is around it.
+    #[inline]
+    #[allow(clippy::too_many_arguments)]
+    fn install<'s>(
+        &'s self,
+        vcpu: &Vcpu,
+        access: &Access,
+        lock: &'s ReadGuard<'s>,
+        root: TablePtr,
+        fault: &mut Fault<'_, Slot>,
+        slot: &'s Slot,
+        around: Option<&'s HostWindow<'s>>,
+    ) -> Outcome {
+        let (host, lock) = (self.host(), lock.held());
+        // A frame that is a table of a nested hypervisor's: its shadow must know that it may be written to from now on.
+        fault.write_tracked = self
+            .shadow
+            .try_unsync(&host, lock, slot, access.gfn, access.prefetch)
+            .is_err();
+        trace::spte_requested(
+            fault.gfn,
+            fault.pfn,
+            fault.goal_level,
+            table::role(root).access,
+        );
+        let mut cache = table::VcpuCache(vcpu);
+        match around {
+            Some(window) if window.range().pages() > 1 => {
+                let mut around = self.around_of(vcpu, slot, window, lock);
+                self.tdp
+                    .map_around(&host, lock, root, fault, &mut cache, &mut around)
+            }
+            _ => self.tdp.map(&host, lock, root, fault, &mut cache),
         }
     }
 
@@ -536,8 +677,17 @@ impl Vm {
         }
     }
 
-    /// A fault of which nothing is known yet.
+    /// A fault of which nothing is known yet; it may end as an MMIO entry.
     pub(super) fn fault_for<'s>(&self, vcpu: &Vcpu, access: &Access) -> Fault<'s, Slot> {
+        Fault {
+            mmio_generation: vcpu.memslots_generation(),
+            ..self.fault_of(access)
+        }
+    }
+
+    /// The same for memory.
+    #[inline]
+    fn fault_of<'s>(&self, access: &Access) -> Fault<'s, Slot> {
         Fault {
             gfn: access.gfn,
             write: access.write,
@@ -553,14 +703,15 @@ impl Vm {
             map_writable: false,
             write_tracked: false,
             dirty_track: false,
-            mmio_generation: vcpu.memslots_generation(),
+            mmio_generation: 0,
             memtype: 0,
             is_host_mmio: false,
         }
     }
 
     /// The vCPU's root, unless it was invalidated meanwhile. `mmu_lock` is held, so it stays so.
-    fn current_root(&self, vcpu: &Vcpu) -> Option<crate::mmu::table::TablePtr> {
+    #[inline]
+    fn current_root(&self, vcpu: &Vcpu) -> Option<TablePtr> {
         let root = vcpu.mmu().root().and_then(|hpa| self.root_table(hpa))?;
         (!table::invalid(root)).then_some(root)
     }
@@ -576,7 +727,7 @@ impl Vm {
         level: &mut Level,
     ) -> Result<Handled> {
         let mut fault = self.fault_of_page(vcpu, self.fault_for(vcpu, access), slot, &page);
-        let mut lock = self.kvm.read_lock();
+        let lock = self.kvm.read_lock();
         // Under the lock an invalidation can neither begin nor end: what was looked up is still true, or is thrown away.
         let root = match self.current_root(vcpu) {
             Some(root) if !self.kvm.invalidate_retry(&lock, seq, access.gfn.0) => root,
@@ -585,45 +736,23 @@ impl Vm {
                 return Ok(Handled::Retry);
             }
         };
-        // A frame that is a table of a nested hypervisor's: its shadow must know that it may be written to from now on.
-        fault.write_tracked = self
-            .shadow
-            .try_unsync(
-                &self.host(),
-                lock.token(),
-                slot,
-                access.gfn,
-                access.prefetch,
-            )
-            .is_err();
         self.choose_level(slot, &mut fault);
-        trace::spte_requested(
-            fault.gfn,
-            fault.pfn,
-            fault.goal_level,
-            table::role(root).access,
-        );
-        let outcome = self.tdp.map(
-            &self.host(),
-            lock.token(),
-            root,
-            &mut fault,
-            &mut table::VcpuCache(vcpu),
-        );
+        let range = self.range_around(vcpu, access, slot, root, &lock);
+        // The page's neighbours may have come with it, from the host's own fault-around or from whoever fills the memory.
+        let mut place = HostWindow::PLACE;
+        let host = if range.pages() > 1 && !fault.is_host_mmio && !slot.gmem_only() {
+            HostWindow::look(self.kvm, slot, access.gfn, range, false, &lock, &mut place)
+        } else {
+            None
+        };
+        let outcome = self.install(vcpu, access, &lock, root, &mut fault, slot, host.as_ref());
         *level = fault.goal_level;
         if matches!(outcome, Outcome::Retry | Outcome::OutOfMemory) {
             page.release_unused();
         } else {
             page.release_mapped();
         }
-        match outcome {
-            Outcome::Fixed => Ok(Handled::Fixed),
-            Outcome::Spurious => Ok(Handled::Spurious),
-            Outcome::Retry => Ok(Handled::Retry),
-            Outcome::Emulate => Ok(Handled::Emulate),
-            Outcome::WriteProtected => Ok(Handled::WriteProtected { own_table: false }),
-            Outcome::OutOfMemory => Err(ENOMEM),
-        }
+        finish(outcome)
     }
 
     /// The same fault, when the host's page is known.
@@ -654,11 +783,22 @@ impl Vm {
 
     /// The level to map at: as high as slot, host and the NX mitigation allow.
     pub(super) fn choose_level(&self, slot: &Slot, fault: &mut Fault<'_, Slot>) {
+        self.choose_level_by(fault, |gfn, limit| {
+            slot.max_mapping_level(self.kvm, gfn, limit)
+        });
+    }
+
+    #[inline]
+    fn choose_level_by(
+        &self,
+        fault: &mut Fault<'_, Slot>,
+        allowed: impl FnOnce(Gfn, Level) -> Level,
+    ) {
         fault.huge_page_disallowed = fault.exec && fault.nx_workaround;
         if fault.max_level == Level::L4K || fault.dirty_track {
             return;
         }
-        fault.req_level = slot.max_mapping_level(self.kvm, fault.gfn, fault.max_level);
+        fault.req_level = allowed(fault.gfn, fault.max_level);
         if fault.req_level == Level::L4K || fault.huge_page_disallowed {
             return;
         }

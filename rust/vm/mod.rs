@@ -6,6 +6,7 @@
 //! this module, which is the last thing it drops. The handlers of the entry points are methods of [`Vm`]:
 //!
 //! - `fault`: page faults, MMIO, pre-fault, async page faults;
+//! - `around`: which neighbours of a page that faulted are mapped with it;
 //! - `shadow`: faults that the shadow MMU serves;
 //! - `roots`: loading, dropping and invalidating roots;
 //! - `shadow_roots`: roots of the shadow MMU, and keeping them in step with the guest's tables;
@@ -13,6 +14,7 @@
 //! - `dirty`: dirty logging and huge pages;
 //! - `debugfs`: what the user can look at.
 
+mod around;
 mod debugfs;
 mod dirty;
 mod fault;
@@ -61,6 +63,7 @@ pub struct Vm {
     /// Tables linked below roots, and shadow pages.
     tables: AtomicI64,
     faults: FaultCounters,
+    around: around::Around,
     /// It matters whether a page is a device's.
     host_mmio_matters: bool,
     debugfs: debugfs::VmDir,
@@ -210,6 +213,7 @@ fn take(kvm: &Kvm) -> Result {
             tdp_enabled: param::tdp_enabled()?,
             tables: AtomicI64::new(0),
             faults: FaultCounters::default(),
+            around: around::Around::new(),
             host_mmio_matters,
             debugfs: debugfs::VmDir::new(),
         },
@@ -265,6 +269,12 @@ pub fn set_tdp_mmu(on: bool) -> Result {
     Ok(())
 }
 
+/// Whether `fault_around_bytes` can have that value, for its setter in C.
+#[no_mangle]
+extern "C" fn rmmu_valid_fault_around_bytes(bytes: u64) -> bool {
+    around::valid_bytes(bytes)
+}
+
 /// The parameter's setter, called by its C part.
 #[no_mangle]
 extern "C" fn rmmu_set_tdp_mmu(on: bool) -> core::ffi::c_int {
@@ -281,6 +291,7 @@ impl Vm {
             kvm: self.kvm,
             format: &self.format,
             tables: &self.tables,
+            ahead: &self.around.stats,
             tdp: param::tdp_mmu().then_some(&self.tdp),
             shadow_stats: &self.shadow_stats,
             tdp_enabled: self.tdp_enabled,

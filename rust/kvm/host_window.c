@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * A look at the host's own page table, for pages that are mapped there already.
+ *
+ * Under mmu_lock, with no invalidation of the frames in progress, what the host's table maps stays mapped: whoever is about
+ * to take a page away, or to make it read-only, first tells the mmu notifier, which needs the lock for write. So neither a
+ * reference on the page is needed nor a count of invalidations, and the page can be mapped to the guest before the lock
+ * drops. Interrupts are off meanwhile, so that the host's tables are not freed under the walk, as in get_user_pages_fast().
+ *
+ * What is refused here is not wrong, but somebody else's business: get_user_pages() finds it or fails.
+ */
+#include <linux/kvm_host.h>
+#include <linux/mm.h>
+#include <linux/pagemap.h>
+#include <linux/pgtable.h>
+#include "glue.h"
+
+/* Pages whose owners let nobody else have them, and what is no ordinary memory. */
+static __always_inline bool rmmu_ordinary_page(struct page *page)
+{
+	struct folio *folio = page_folio(page);
+	struct address_space *mapping;
+
+	if (unlikely(folio_test_reserved(folio) || folio_is_zone_device(folio)))
+		return false;
+	/* Secret memory is in single pages of mappings that cannot be evicted. */
+	if (folio_test_large(folio))
+		return true;
+	mapping = READ_ONCE(folio->mapping);
+	if (!mapping)
+		return false;
+	if ((unsigned long)mapping & FOLIO_MAPPING_FLAGS)
+		return (unsigned long)mapping & FOLIO_MAPPING_ANON;
+	return !mapping_unevictable(mapping) && !mapping_inaccessible(mapping);
+}
+
+/*
+ * A page that the host may write is given to the guest as writable only if the host's entry is dirty already: the guest's
+ * writes go past that entry, and a page that nobody has marked dirty could be dropped with them. Clean ones, and what the
+ * process has no access to, are left to get_user_pages(), which marks them.
+ */
+static __always_inline u64 rmmu_host_page(u64 pfn, bool can_read, bool can_write, bool dirty, bool special)
+{
+	if (!can_read || special || (can_write && !dirty) || !rmmu_ordinary_page(pfn_to_page(pfn)))
+		return 0;
+	return pfn << PAGE_SHIFT | RMMU_HOST_PRESENT | (can_write ? RMMU_HOST_WRITABLE : 0);
+}
+
+static __always_inline u64 rmmu_host_pte(pte_t *ptep)
+{
+	/* Read once: it may change between a test and a use. */
+	pte_t pte = ptep_get_lockless(ptep);
+
+	if (!pte_present(pte))
+		return 0;
+	return rmmu_host_page(pte_pfn(pte), pte_access_permitted(pte, false), pte_access_permitted(pte, true),
+			      pte_dirty(pte), pte_special(pte));
+}
+
+/* Outwards from @at, up to the first page that is not there, and not past the table. */
+static void rmmu_host_neighbours(pte_t *ptep, unsigned long hva, unsigned int at, unsigned int pages,
+				 struct rmmu_host_window *window)
+{
+	unsigned int index = pte_index(hva), first = at, end = at + 1;
+	unsigned int lowest = at > index ? at - index : 0;
+	unsigned int limit = min(pages, at + PTRS_PER_PTE - index);
+
+	while (first > lowest) {
+		u64 page = rmmu_host_pte(ptep - (at - first + 1));
+
+		if (!page)
+			break;
+		window->pages[--first] = page;
+	}
+	while (end < limit) {
+		u64 page = rmmu_host_pte(ptep + (end - at));
+
+		if (!page)
+			break;
+		window->pages[end++] = page;
+	}
+	window->first = first;
+	window->end = end;
+}
+
+/*
+ * Looks up the page of @gfn, which is number @at of @pages, for a read or a @write, and its neighbours if the host maps it
+ * by 4K. Returns the level at which the host maps it, 0 if it is not there or does not allow that.
+ *
+ * The caller holds mmu_lock and has seen that no invalidation of any of the frames is in progress. Its process is the VM's.
+ */
+int rmmu_host_window(struct kvm *kvm, const struct kvm_memory_slot *slot, gfn_t gfn, unsigned int at, unsigned int pages,
+		     bool write, struct rmmu_host_window *window)
+{
+	unsigned long hva = __gfn_to_hva_memslot(slot, gfn);
+	int level = PG_LEVEL_NONE;
+	unsigned long flags;
+	pgd_t pgd;
+	p4d_t p4d;
+	pud_t pud;
+	pmd_t pmd;
+	pte_t *ptep;
+	u64 page = 0;
+
+	window->first = at;
+	window->end = at + 1;
+	local_irq_save(flags);
+	pgd = READ_ONCE(*pgd_offset(kvm->mm, hva));
+	if (pgd_none(pgd))
+		goto done;
+	p4d = READ_ONCE(*p4d_offset(&pgd, hva));
+	if (p4d_none(p4d) || !p4d_present(p4d))
+		goto done;
+	pud = READ_ONCE(*pud_offset(&p4d, hva));
+	if (pud_none(pud) || !pud_present(pud))
+		goto done;
+	if (pud_leaf(pud)) {
+		level = PG_LEVEL_1G;
+		page = rmmu_host_page(pud_pfn(pud) + ((hva & ~PUD_MASK) >> PAGE_SHIFT), pud_access_permitted(pud, false),
+				      pud_access_permitted(pud, true), pud_dirty(pud), pud_special(pud));
+		goto done;
+	}
+	pmd = READ_ONCE(*pmd_offset(&pud, hva));
+	if (pmd_none(pmd) || !pmd_present(pmd))
+		goto done;
+	if (pmd_leaf(pmd)) {
+		level = PG_LEVEL_2M;
+		page = rmmu_host_page(pmd_pfn(pmd) + ((hva & ~PMD_MASK) >> PAGE_SHIFT), pmd_access_permitted(pmd, false),
+				      pmd_access_permitted(pmd, true), pmd_dirty(pmd), pmd_special(pmd));
+		goto done;
+	}
+	level = PG_LEVEL_4K;
+	ptep = pte_offset_kernel(&pmd, hva);
+	page = rmmu_host_pte(ptep);
+	if (pages > 1 && page && (!write || page & RMMU_HOST_WRITABLE))
+		rmmu_host_neighbours(ptep, hva, at, pages, window);
+done:
+	local_irq_restore(flags);
+	window->pages[at] = page;
+	return page && (!write || page & RMMU_HOST_WRITABLE) ? level : PG_LEVEL_NONE;
+}
