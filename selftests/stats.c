@@ -408,6 +408,33 @@ static bool equal(const struct record *record, int counter, const char *who, int
 	return got == wanted;
 }
 
+static int64_t added_to(const struct run *run, int step, const char *name)
+{
+	const struct counters *counters = &run->records[step].counters;
+
+	for (int i = 0; i < counters->count; i++)
+		if (!strcmp(counters->names[i], name))
+			return added(run, step, i);
+	bail("KVM has no counter %s", name);
+}
+
+/*
+ * When the host breaks a copy-on-write for a fault, in-tree KVM sends the vCPU back into the guest, which faults again. rmmu
+ * maps the new page at once. So of the faults that came to nothing on in-tree KVM rmmu takes all or none.
+ */
+static bool fewer_retries(const struct run *in_tree, const struct run *rmmu, int step)
+{
+	static const char *const results[] = { "pf_fixed", "pf_spurious", "pf_emulate" };
+	int64_t served = 0;
+
+	for (unsigned int i = 0; i < sizeof(results) / sizeof(*results); i++)
+		served += added_to(in_tree, step, results[i]);
+	for (int i = 0; i < RUNS; i++)
+		if (added_to(&rmmu[i], step, "pf_taken") != served)
+			return false;
+	return true;
+}
+
 static bool same(const struct run *in_tree, const struct run *rmmu, int step, int counter)
 {
 	const struct record *record = &in_tree->records[step];
@@ -416,6 +443,8 @@ static bool same(const struct run *in_tree, const struct run *rmmu, int step, in
 
 	if (!strcmp(record->counters.names[counter], FLUSHES))
 		return equal(record, counter, "rmmu", least(rmmu, step, counter), least(in_tree, step, counter));
+	if (!strcmp(record->counters.names[counter], "pf_taken") && fewer_retries(in_tree, rmmu, step))
+		return true;
 	for (int i = 0; i < RUNS && same; i++)
 		same = equal(record, counter, "in-tree again", added(&in_tree[i], step, counter), wanted) &&
 		       equal(record, counter, "rmmu", added(&rmmu[i], step, counter), wanted);
@@ -438,7 +467,7 @@ static void compare(const struct run *in_tree, const struct run *rmmu, int step)
 int main(void)
 {
 	static struct run in_tree[RUNS], rmmu[RUNS];
-	char own[8] = "Y", eager_split[8] = "Y";
+	char own[8] = "Y", eager_split[8] = "Y", around[16] = "65536";
 	unsigned long in_debugfs = 0;
 	bool owned = true;
 	struct sched_param first = { .sched_priority = 1 };
@@ -453,12 +482,15 @@ int main(void)
 	must(sched_setscheduler(0, SCHED_FIFO, &first));
 	read_word(OWN, own, sizeof(own));
 	read_word(KVM_PARAMETERS "eager_page_split", eager_split, sizeof(eager_split));
+	read_word(FAULT_AROUND, around, sizeof(around));
+	write_file(FAULT_AROUND, "4096");
 	for (int i = 0; i < RUNS; i++) {
 		in_debugfs += all_steps(&in_tree[i], "0");
 		in_debugfs += all_steps(&rmmu[i], "1");
 		owned = owned && !in_tree[i].is_rmmus && rmmu[i].is_rmmus;
 	}
 	write_file(OWN, own);
+	write_file(FAULT_AROUND, around);
 	write_file(KVM_PARAMETERS "eager_page_split", eager_split);
 	plan(in_tree->steps + 2);
 	ok(owned, "one VM is in-tree KVM's, the other is rmmu's");

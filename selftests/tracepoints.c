@@ -12,6 +12,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "host.h"
 #include "vm.h"
 
 #define OWN	"/sys/module/kvm_rmmu/parameters/own_new_vms"
@@ -191,6 +192,7 @@ static size_t of_event(const char *event, char **seen, size_t count)
 int main(void)
 {
 	static char *in_tree[MAX_EVENTS], *rmmu[MAX_EVENTS];
+	char around[16] = "65536";
 	size_t count, others, first;
 
 	if (access(OWN, W_OK))
@@ -200,8 +202,11 @@ int main(void)
 	plan(EVENTS + 1);
 	put(TRACING "buffer_size_kb", "8192");
 	put(TRACING "tracing_on", "1");
+	read_word(FAULT_AROUND, around, sizeof(around));
+	write_file(FAULT_AROUND, "4096");
 	count = scene("0", in_tree);
 	others = scene("1", rmmu);
+	write_file(FAULT_AROUND, around);
 	for (size_t i = 0; i < EVENTS; i++) {
 		size_t want = of_event(events[i], in_tree, count), got = of_event(events[i], rmmu, others);
 

@@ -9,6 +9,8 @@
 
 #define KSM_DIR		"/sys/kernel/mm/ksm/"
 #define KVM_PARAMETERS	"/sys/module/kvm/parameters/"
+/* What rmmu maps along with a page that faults. "4096", a page, makes it do what in-tree KVM does, fault by fault. */
+#define FAULT_AROUND	"/sys/module/kvm_rmmu/parameters/fault_around_bytes"
 
 /* Whether the file was there and took the text. */
 bool write_file(const char *path, const char *text);
