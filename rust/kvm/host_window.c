@@ -7,6 +7,16 @@
  * reference on the page is needed nor a count of invalidations, and the page can be mapped to the guest before the lock
  * drops. Interrupts are off meanwhile, so that the host's tables are not freed under the walk, as in get_user_pages_fast().
  *
+ * get_user_pages_fast() has no lock to rely on, so it takes a reference and then reads the entry again. The other tests it
+ * makes are made here, too:
+ *
+ * - NUMA hinting, PROT_NONE, keys: the access must be permitted. An entry that is there for a hint is not permitted.
+ * - userfaultfd, clean pages of a shared file, soft-dirty: these write-protect, which makes the page read-only here.
+ *   Pages that are missing, poisoned, migrated or swapped have no present entry.
+ * - memory without a struct page, of a device (DAX), reserved, or secret: pte_special() and its like at each level, and
+ *   rmmu_ordinary_page().
+ * - gup_must_unshare() is for pins.
+ *
  * What is refused here is not wrong, but somebody else's business: get_user_pages() finds it or fails.
  */
 #include <linux/kvm_host.h>

@@ -236,9 +236,9 @@ impl<'l> HostWindow<'l> {
             return None;
         }
         let page = *self.window.pages.get(at)?;
-        (page & bindings::RMMU_HOST_PRESENT as u64 != 0).then_some(MappedPage {
+        (page & u64::from(bindings::RMMU_HOST_PRESENT) != 0).then_some(MappedPage {
             pfn: Pfn(page >> PAGE_SHIFT),
-            writable: page & bindings::RMMU_HOST_WRITABLE as u64 != 0 && !self.read_only,
+            writable: page & u64::from(bindings::RMMU_HOST_WRITABLE) != 0 && !self.read_only,
         })
     }
 }
