@@ -110,7 +110,7 @@ pub unsafe trait Host {
         self.table_of(hpa).entries()
     }
 
-    /// A new table with a zeroed header; what its entries hold does not matter.
+    /// A new table; what its entries hold does not matter.
     /// May sleep: the engine calls it without any lock.
     fn alloc_table(&self) -> Option<TablePtr>;
 
@@ -160,7 +160,9 @@ pub unsafe trait Host {
     /// Runs `f` under the lock of the list of roots and the list of NX candidates.
     fn with_pages_lock<R>(&self, f: impl FnOnce() -> R) -> R;
 
-    /// The guest may write to `gfn` from now on, and the slot logs that.
+    /// The guest may write to `gfn` from now on, and the slot logs that. Whoever
+    /// takes the mark out of the log sees the change of the entry before it; on x86
+    /// the locked instructions for both see to that.
     fn mark_dirty(&self, slot: &Self::Slot, gfn: Gfn);
 
     /// Huge pages must not be executable.

@@ -17,6 +17,7 @@
 
 pub mod host;
 pub mod role;
+#[cfg(not(feature = "loom"))]
 pub mod shadow;
 pub mod spte;
 pub mod sync;

@@ -23,7 +23,7 @@
 //! needs a TLB flush before `mmu_lock` drops, because a CPU may still have the
 //! entry as writable although it is write-protected for the dirty log.
 
-use crate::mmu::types::{Gfn, Hpa, Level, Pfn, ACC_EXEC, ACC_READ, ACC_USER, ACC_WRITE};
+use crate::mmu::types::{Gfn, Hpa, Level, Pfn, ACC_EXEC, ACC_READ, ACC_USER, ACC_WRITE, ENTRIES};
 
 const HW_PRESENT: u64 = 1 << 0;
 const WRITABLE: u64 = 1 << 1;
@@ -526,7 +526,7 @@ impl Spte {
         index: usize,
         nx_huge_page: bool,
     ) -> Spte {
-        let offset = ((index & 511) as u64) << level.shift();
+        let offset = ((index & (ENTRIES - 1)) as u64) << level.shift();
         let small = Spte(self.0 | offset);
         if level != Level::L4K {
             return small;

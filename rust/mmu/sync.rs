@@ -14,11 +14,14 @@
 use crate::mmu::host::Host;
 use core::marker::PhantomData;
 
-/// Atomics of the engine, in one place so that a model checker can replace them.
+/// Atomics of the engine, in one place so that loom, a model checker, can replace them.
 pub mod atomic {
+    #[cfg(not(feature = "loom"))]
     pub use core::sync::atomic::{
         fence, AtomicBool, AtomicPtr, AtomicU16, AtomicU32, AtomicU64, AtomicU8, Ordering,
     };
+    #[cfg(feature = "loom")]
+    pub use loom::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
 }
 
 /// Proof that `mmu_lock` is held for read by this thread.

@@ -17,14 +17,15 @@ use crate::mmu::{
     sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering},
     types::{Gfn, Hpa, Level},
 };
-use core::{mem, ptr, ptr::NonNull};
+use core::{ptr, ptr::NonNull};
 
-/// How many entries a table has.
-pub const ENTRIES: usize = 512;
+pub use crate::mmu::types::ENTRIES;
+
 /// The entries of a table.
 pub type Entries = [AtomicU64; ENTRIES];
 
 /// What of a header the engine may use.
+#[cfg(not(feature = "loom"))]
 pub(super) const HEADER_SIZE: usize = 168;
 /// Where KVM's vendor module expects `has_mapped_host_mmio`.
 pub const HOST_MMIO_OFFSET: usize = 68;
@@ -63,16 +64,47 @@ pub struct Table {
     pub(super) refs: AtomicU32,
     /// Host MMIO is mapped below this root.
     host_mmio: AtomicBool,
-    /// [`KIND_TDP`], as headers are zeroed.
+    /// [`KIND_TDP`].
     kind: u8,
 }
 
-const _: () = assert!(mem::size_of::<Table>() <= HEADER_SIZE);
-const _: () = assert!(mem::offset_of!(Table, host_mmio) == HOST_MMIO_OFFSET);
-const _: () = assert!(mem::offset_of!(Table, kind) == KIND_OFFSET);
-const _: () = assert!(mem::size_of::<AtomicBool>() == 1);
+// The atomics of loom have another layout.
+#[cfg(not(feature = "loom"))]
+const _: () = {
+    use core::mem;
+    assert!(mem::size_of::<Table>() <= HEADER_SIZE);
+    assert!(mem::offset_of!(Table, host_mmio) == HOST_MMIO_OFFSET);
+    assert!(mem::offset_of!(Table, kind) == KIND_OFFSET);
+    assert!(mem::size_of::<AtomicBool>() == 1);
+};
 
 impl Table {
+    /// A header for these entries, still without a purpose.
+    #[inline]
+    fn new(entries: NonNull<Entries>, hpa: Hpa) -> Table {
+        Table {
+            next_root: AtomicPtr::new(ptr::null_mut()),
+            nx_next: AtomicPtr::new(ptr::null_mut()),
+            nx_prev: AtomicPtr::new(ptr::null_mut()),
+            entries: entries.as_ptr(),
+            hpa: hpa.0,
+            gfn: 0,
+            role_word: 0,
+            level: 0,
+            access: 0,
+            smm: false,
+            guest_mode: false,
+            ad_disabled: false,
+            invalid: AtomicBool::new(false),
+            zap_scheduled: AtomicBool::new(false),
+            nx_disallowed: AtomicBool::new(false),
+            nx_listed: AtomicBool::new(false),
+            refs: AtomicU32::new(0),
+            host_mmio: AtomicBool::new(false),
+            kind: KIND_TDP,
+        }
+    }
+
     /// The level of the table.
     #[inline]
     pub fn level(&self) -> Level {
@@ -160,19 +192,14 @@ impl TablePtr {
     ///
     /// # Safety
     ///
-    /// `header` points to [`Table`]'s size of zeroed memory and `entries`, whose
-    /// physical address is `hpa`, to a page. Nobody else uses either. Both live
-    /// until the table is freed by [`Host`](crate::mmu::Host)'s functions, and
-    /// no copy of the result is used after that.
+    /// `header` points to memory for a [`Table`] and `entries`, whose physical
+    /// address is `hpa`, to a page. Nobody else uses either. Both live until the
+    /// table is freed by [`Host`](crate::mmu::Host)'s functions, and no copy of
+    /// the result is used after that.
     #[inline]
     pub unsafe fn adopt(header: NonNull<Table>, entries: NonNull<Entries>, hpa: Hpa) -> TablePtr {
-        let raw = header.as_ptr();
-        // SAFETY: The header is ours alone; zeroes are a valid header apart from
-        // the level, which `prepare` writes.
-        unsafe {
-            ptr::addr_of_mut!((*raw).entries).write(entries.as_ptr());
-            ptr::addr_of_mut!((*raw).hpa).write(hpa.0);
-        }
+        // SAFETY: The header is ours alone.
+        unsafe { header.as_ptr().write(Table::new(entries, hpa)) };
         // INVARIANT: By the contract of this function.
         TablePtr(header)
     }
@@ -249,11 +276,11 @@ impl TablePtr {
     /// The table is not reachable for anybody else.
     #[inline]
     pub(super) unsafe fn fill(self, mut entry: impl FnMut(usize) -> Spte) {
-        let first = self.entries().as_ptr().cast::<u64>();
+        let first = self.entries().as_ptr().cast::<AtomicU64>();
         for i in 0..ENTRIES {
             // SAFETY: `i` is within the page, which is ours alone by the contract
-            // of this function; an atomic has the layout of its integer.
-            unsafe { first.add(i).write(entry(i).0) };
+            // of this function.
+            unsafe { first.add(i).write(AtomicU64::new(entry(i).0)) };
         }
     }
 }

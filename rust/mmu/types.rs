@@ -7,6 +7,11 @@
 
 /// Size of a page as a shift.
 pub const PAGE_SHIFT: u32 = 12;
+/// How many bits of a frame number are the index into a table of a level. With
+/// loom, which tries all that can happen, tables are small.
+pub const INDEX_BITS: u32 = if cfg!(feature = "loom") { 1 } else { 9 };
+/// How many entries a table has.
+pub const ENTRIES: usize = 1 << INDEX_BITS;
 /// The access bits of a role: read.
 pub const ACC_READ: u8 = 1;
 /// The access bits of a role: write.
@@ -46,7 +51,7 @@ impl Gfn {
     /// The index of this frame's entry in a table of `level`.
     #[inline]
     pub const fn index(self, level: Level) -> usize {
-        ((self.0 >> level.gfn_shift()) & 511) as usize
+        (self.0 >> level.gfn_shift()) as usize & (ENTRIES - 1)
     }
 
     /// The frame `pages` further on.
@@ -122,7 +127,7 @@ impl Level {
     pub const fn gfn_shift(self) -> u32 {
         // The mask is no restriction: the level is in 1..=5. It tells the
         // compiler that no shift by the result overflows.
-        ((self.0.wrapping_sub(1) & 7) as u32).wrapping_mul(9) & 63
+        ((self.0.wrapping_sub(1) & 7) as u32).wrapping_mul(INDEX_BITS) & 63
     }
 
     /// Shift from an address to the index at this level.
@@ -158,7 +163,7 @@ impl Level {
     /// The first frame number that a root of this level can not translate.
     #[inline]
     pub const fn root_end(self) -> Gfn {
-        Gfn(512 << self.gfn_shift())
+        Gfn((ENTRIES as u64) << self.gfn_shift())
     }
 }
 

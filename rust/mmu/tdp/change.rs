@@ -23,7 +23,7 @@ use crate::mmu::{
         MmuWrite,
     },
     table::TablePtr,
-    types::Level,
+    types::{Level, ENTRIES},
 };
 
 /// Why an entry did not change.
@@ -236,7 +236,7 @@ impl Tdp {
         }
         let linked = self.link_table(host, shared, entry, table);
         if linked.is_ok() {
-            host.account_leaf(role.level, 512);
+            host.account_leaf(role.level, ENTRIES as i64);
         }
         host.trace(Event::HugeSplit {
             gfn,

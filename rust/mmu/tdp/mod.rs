@@ -77,7 +77,7 @@ pub struct Tdp {
 
 impl Tdp {
     /// An MMU without any root.
-    pub const fn new() -> Tdp {
+    pub fn new() -> Tdp {
         Tdp {
             roots: AtomicPtr::new(ptr::null_mut()),
             nx_first: AtomicPtr::new(ptr::null_mut()),

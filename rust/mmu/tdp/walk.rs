@@ -17,8 +17,8 @@ use crate::mmu::{
         atomic::{AtomicU64, Ordering},
         Flush, MmuLocked, RcuRead,
     },
-    table::{Entries, Table, ENTRIES},
-    types::{Gfn, GfnRange, Level},
+    table::{Entries, Table},
+    types::{Gfn, GfnRange, Level, ENTRIES},
 };
 
 const LEVELS: usize = 5;
