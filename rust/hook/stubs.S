@@ -27,8 +27,9 @@ SYM_FUNC_START(rmmu_stub_\func)
 	jmp	rmmu_\func
 	.else
 	RMMU_TEST_\owner
-	je	rmmu_\func
-	jmp	__SCT__rmmu_orig_\func
+	/* One jump for VMs that are not ours. Static calls know conditional jumps, and patch them as they do others. */
+	jne	__SCT__rmmu_orig_\func
+	jmp	rmmu_\func
 	.endif
 SYM_FUNC_END(rmmu_stub_\func)
 .endm
