@@ -18,6 +18,16 @@ import ui
 
 OWNERS = ("in-tree", "rmmu")
 
+# The modes that there are rows for (see testvm.py), and what the names of a mode's rows begin with.
+MODES = {"default": "", "npt=0": "npt=0: "}
+
+# Rows of a Linux guest: what selftests/bench-guest.sh prints, row, unit, factor.
+LINUX_GUEST = {
+    "boot": ("Linux guest: boot", "time", 1e9),
+    "forks": ("Linux guest: 200 times fork and exec", "time", 1e9),
+    "faults": ("Linux guest: faults", "count", 1),
+}
+
 # Upstream's perf tests: (row, command, what to look for in its output), a pattern a figure. Times are virtual seconds.
 _SECONDS = r"(\d+\.\d+)s"
 UPSTREAM = (
@@ -35,6 +45,11 @@ UPSTREAM = (
      (("create", rf"KVM_CREATE_MAPPINGS: total execution time:\s*{_SECONDS}"),
       ("update", rf"KVM_UPDATE_MAPPINGS: total execution time:\s*{_SECONDS}"),
       ("adjust", rf"KVM_ADJUST_MAPPINGS: total execution time:\s*{_SECONDS}"))),
+    ("memslot_perf_test, map", "/kvm/memslot_perf_test -f 0 -e 0 -l 1 -r 3 -s 128",
+     (("", rf"Best runtime result was {_SECONDS} per iteration"),)),
+    ("dirty_log_perf_test in a nested guest", "/kvm/dirty_log_perf_test -v 1 -b 32M -i 3 -n",
+     (("populate", rf"Populate memory time:\s*{_SECONDS}"),
+      ("dirty pass", rf"Iteration 2 dirty memory time:\s*{_SECONDS}"))),
     ("access_tracking_perf_test", "/kvm/access_tracking_perf_test -v 1 -b 64M",
      (("populate", rf"Populating memory\s*:\s*{_SECONDS}"),
       ("mark idle", rf"Mark memory idle[^:]*:\s*{_SECONDS}"))),
@@ -95,6 +110,11 @@ class Table:
     def write(self, path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.as_json(), indent=1) + "\n")
+
+
+def mode_of(row):
+    """The mode that a row's name belongs to."""
+    return next((mode for mode, prefix in MODES.items() if prefix and row.startswith(prefix)), "default")
 
 
 def text(results):

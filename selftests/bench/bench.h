@@ -23,6 +23,12 @@ struct row {
 };
 
 extern const struct row fault_rows[], dirty_rows[], zap_rows[], snapshot_rows[];
+/* These need KVM without nested paging, and the others need it with; their names begin with SHADOW. */
+extern const struct row shadow_rows[];
+#define SHADOW	"npt=0: "
+
+/* arg: write, backing. What one fault costs. */
+void one_fault(const struct row *row);
 
 /* One figure of the row that runs. `what` tells several figures of a row apart; NULL for the only one. */
 void report(const struct row *row, const char *what, const char *unit, double value);

@@ -38,7 +38,7 @@ static void stop(struct machine *machine)
  * arg: write, backing. Between two reads of the TSC in the guest: the exit, the fault, the entry; and the access itself
  * with what it takes to read the TSC, which is measured on a page that is mapped, and subtracted.
  */
-static void one_fault(const struct row *row)
+void one_fault(const struct row *row)
 {
 	struct touch order = {
 		.base = VM_TEST_GPA, .pages = 4096, .count = 4096, .write = row->arg[0], .samples = SAMPLES_GPA,

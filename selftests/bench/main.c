@@ -5,8 +5,9 @@
  *   bench [--rounds N] [--dir DIR] [--in-tree] [--list] [ROW...]
  *
  * Prints a line a figure: "result", row, unit, owner, round, value, separated by tabs. Rows are chosen by a part of their
- * name. DIR is a directory of a file system on a disk, for memory files (default: the current one). With --in-tree all VMs
- * are in-tree KVM's, be kvm_rmmu loaded or not.
+ * name; those of shadow paging run where KVM uses that, and the others where it does not. DIR is a directory of a file
+ * system on a disk, for memory files (default: the current one). With --in-tree all VMs are in-tree KVM's, be kvm_rmmu
+ * loaded or not.
  */
 #include <fcntl.h>
 #include <getopt.h>
@@ -21,7 +22,7 @@
 #define PARAMETERS	"/sys/module/kvm_rmmu/parameters/"
 #define STATS		"/sys/kernel/debug/rmmu/stats"
 
-static const struct row *const groups[] = { fault_rows, dirty_rows, zap_rows, snapshot_rows };
+static const struct row *const groups[] = { fault_rows, dirty_rows, zap_rows, snapshot_rows, shadow_rows };
 static const char *const owners[] = { "in-tree", "rmmu" };
 
 static int rounds = 3, round_number, owner;
@@ -119,6 +120,25 @@ static char *default_window(void)
 	return got > 0 ? value : NULL;
 }
 
+static bool parameter_is_off(const char *path)
+{
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	char value = 'Y';
+
+	if (fd < 0)
+		return false;
+	if (read(fd, &value, 1) < 0)
+		bail("%s: %m", path);
+	close(fd);
+	return value == 'N' || value == '0';
+}
+
+static bool shadow_paging(void)
+{
+	return parameter_is_off("/sys/module/kvm_amd/parameters/npt") ||
+	       parameter_is_off("/sys/module/kvm_intel/parameters/ept");
+}
+
 static bool chosen(const struct row *row, char **names)
 {
 	if (!*names)
@@ -164,7 +184,7 @@ int main(int argc, char **argv)
 				continue;
 			if (list)
 				printf("%s\n", row->name);
-			else
+			else if (!strncmp(row->name, SHADOW, strlen(SHADOW)) == shadow_paging())
 				run(row, window);
 		}
 	if (!list && !only_in_tree) {
