@@ -3,10 +3,11 @@
 //! The guest's own paging: its context, which KVM computes, and its memory, where its page tables are.
 
 use crate::{
-    kvm::{bindings, calls, vcpu::Mmu, vcpu::Vcpu},
+    kvm::{bindings, calls, trace, vcpu::Mmu, vcpu::Vcpu},
     mmu::{
         shadow::guest::{
-            Exchange, GuestContext, GuestFault, GuestMemory, Width, GROUP as GROUP_ENTRIES,
+            Exchange, GuestContext, GuestFault, GuestMemory, WalkEvent, Width,
+            GROUP as GROUP_ENTRIES,
         },
         types::{Gfn, Level, PAGE_SHIFT},
     },
@@ -301,6 +302,11 @@ impl GuestMemory for VcpuMemory<'_> {
     fn log_dirty(&self, address: u64) -> bool {
         // SAFETY: the vCPU is loaded by this thread.
         unsafe { bindings::rmmu_log_nested_dirty(self.0.as_ptr(), address) }
+    }
+
+    #[inline(always)]
+    fn trace(&self, event: WalkEvent) {
+        trace::walk(event);
     }
 }
 

@@ -8,11 +8,11 @@
 //! debugfs are right.
 
 use crate::{
-    kvm::{bindings, calls, host::KvmHost, slot::Slot, table, vcpu::Vcpu, vm::Kvm},
+    kvm::{bindings, calls, host::KvmHost, slot::Slot, table, trace, vcpu::Vcpu, vm::Kvm},
     mmu::{
         shadow::{
-            Buckets, Counter, Desc, DescPtr, Maximum, Page, PagePtr, PageRole, PageSource,
-            ShadowHost, ShadowVcpu, SplitCaches, Translations, KIND_SHADOW,
+            Buckets, Counter, Desc, DescPtr, Maximum, Page, PageEvent, PagePtr, PageRole,
+            PageSource, ShadowHost, ShadowVcpu, SplitCaches, Translations, KIND_SHADOW,
         },
         spte::Spte,
         sync::{Flush, MmuWrite},
@@ -287,6 +287,11 @@ unsafe impl ShadowHost for KvmHost<'_> {
             };
             Self::add_stat(field, by);
         }
+    }
+
+    #[inline(always)]
+    fn trace_page(&self, event: PageEvent<'_>) {
+        trace::page(event);
     }
 
     fn maximum(&self, what: Maximum, n: u64) {

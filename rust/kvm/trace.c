@@ -79,28 +79,41 @@ void rmmu_trace_spte_changed(int as_id, gfn_t gfn, int level, u64 old, u64 new)
 	emit(kvm_tdp_mmu_spte_changed, as_id, gfn, level, old, new);
 }
 
-/* The events look at a few fields only, all of which a table of the TDP MMU has as 0 but these. */
-static void fill_page(struct kvm_mmu_page *page, const struct rmmu_traced_table *table)
+/* The events look at these fields only. */
+static struct kvm_mmu_page mmu_page(const struct rmmu_traced_page *page)
 {
-	page->gfn = table->gfn;
-	page->role.word = table->root_role;
-	page->role.level = table->level;
+	return (struct kvm_mmu_page) {
+		.gfn = page->gfn, .role.word = page->role, .root_count = page->root_count,
+		.mmu_valid_gen = page->generation, .unsync = page->unsync,
+	};
 }
 
-void rmmu_trace_get_page(const struct rmmu_traced_table *table)
+void rmmu_trace_get_page(const struct rmmu_traced_page *page, bool created)
 {
-	struct kvm_mmu_page page = {};
+	struct kvm_mmu_page sp = mmu_page(page);
 
-	fill_page(&page, table);
-	emit(kvm_mmu_get_page, &page, true);
+	emit(kvm_mmu_get_page, &sp, created);
 }
 
-void rmmu_trace_prepare_zap_page(const struct rmmu_traced_table *table)
+void rmmu_trace_sync_page(const struct rmmu_traced_page *page)
 {
-	struct kvm_mmu_page page = {};
+	struct kvm_mmu_page sp = mmu_page(page);
 
-	fill_page(&page, table);
-	emit(kvm_mmu_prepare_zap_page, &page);
+	emit(kvm_mmu_sync_page, &sp);
+}
+
+void rmmu_trace_unsync_page(const struct rmmu_traced_page *page)
+{
+	struct kvm_mmu_page sp = mmu_page(page);
+
+	emit(kvm_mmu_unsync_page, &sp);
+}
+
+void rmmu_trace_prepare_zap_page(const struct rmmu_traced_page *page)
+{
+	struct kvm_mmu_page sp = mmu_page(page);
+
+	emit(kvm_mmu_prepare_zap_page, &sp);
 }
 
 void rmmu_trace_split_huge_page(u64 gfn, u64 spte, int level, int error)
@@ -111,6 +124,32 @@ void rmmu_trace_split_huge_page(u64 gfn, u64 spte, int level, int error)
 void rmmu_trace_zap_all_fast(struct kvm *kvm)
 {
 	emit(kvm_mmu_zap_all_fast, kvm);
+}
+
+void rmmu_trace_pagetable_walk(u64 addr, u32 kind)
+{
+	emit(kvm_mmu_pagetable_walk, addr, kind);
+}
+
+void rmmu_trace_paging_element(u64 entry, int level)
+{
+	emit(kvm_mmu_paging_element, entry, level);
+}
+
+/* The events multiply index and size again. */
+void rmmu_trace_set_accessed_bit(u64 gfn, unsigned int offset)
+{
+	emit(kvm_mmu_set_accessed_bit, gfn, offset, 1);
+}
+
+void rmmu_trace_set_dirty_bit(u64 gfn, unsigned int offset)
+{
+	emit(kvm_mmu_set_dirty_bit, gfn, offset, 1);
+}
+
+void rmmu_trace_walker_error(u32 error_code)
+{
+	emit(kvm_mmu_walker_error, error_code);
 }
 
 void rmmu_trace_try_async_get_page(u64 addr, u64 gfn)

@@ -9,6 +9,7 @@ use crate::{
     kvm::{bindings, symbols, vcpu::Vcpu, vm::Kvm},
     mmu::{
         host::{Event, SplitOutcome},
+        shadow::{guest::WalkEvent, Page, PageEvent},
         spte::Spte,
         sync::atomic::AtomicU64,
         table::Table,
@@ -77,13 +78,13 @@ pub(super) fn emit(event: Event<'_>) {
         Event::TableMade(table) => {
             if on(bindings::rmmu_event_RMMU_EVENT_kvm_mmu_get_page) {
                 // SAFETY: no precondition.
-                unsafe { bindings::rmmu_trace_get_page(&traced(table)) }
+                unsafe { bindings::rmmu_trace_get_page(&traced_table(table), true) }
             }
         }
         Event::TableRemoved(table) => {
             if on(bindings::rmmu_event_RMMU_EVENT_kvm_mmu_prepare_zap_page) {
                 // SAFETY: no precondition.
-                unsafe { bindings::rmmu_trace_prepare_zap_page(&traced(table)) }
+                unsafe { bindings::rmmu_trace_prepare_zap_page(&traced_table(table)) }
             }
         }
         Event::HugeSplit {
@@ -112,6 +113,41 @@ pub(super) fn emit(event: Event<'_>) {
     }
 }
 
+/// What happens to pages of the shadow MMU.
+#[inline(always)]
+pub(super) fn page(event: PageEvent<'_>) {
+    match event {
+        PageEvent::Found(page) => got_page(page, false),
+        PageEvent::Made(page) => got_page(page, true),
+        PageEvent::Unsynced(page) => {
+            if on(bindings::rmmu_event_RMMU_EVENT_kvm_mmu_unsync_page) {
+                // SAFETY: no precondition.
+                unsafe { bindings::rmmu_trace_unsync_page(&traced_page(page)) }
+            }
+        }
+        PageEvent::Synced(page) => {
+            if on(bindings::rmmu_event_RMMU_EVENT_kvm_mmu_sync_page) {
+                // SAFETY: no precondition.
+                unsafe { bindings::rmmu_trace_sync_page(&traced_page(page)) }
+            }
+        }
+        PageEvent::Zapped(page) => {
+            if on(bindings::rmmu_event_RMMU_EVENT_kvm_mmu_prepare_zap_page) {
+                // SAFETY: no precondition.
+                unsafe { bindings::rmmu_trace_prepare_zap_page(&traced_page(page)) }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn got_page(page: &Page, made: bool) {
+    if on(bindings::rmmu_event_RMMU_EVENT_kvm_mmu_get_page) {
+        // SAFETY: no precondition.
+        unsafe { bindings::rmmu_trace_get_page(&traced_page(page), made) }
+    }
+}
+
 /// `kvm_tdp_mmu_spte_changed`, whose address space is that of the entry's table.
 #[cold]
 fn spte_changed(cell: &AtomicU64, gfn: Gfn, level: Level, old: Spte, new: Spte) {
@@ -132,11 +168,60 @@ fn spte_changed(cell: &AtomicU64, gfn: Gfn, level: Level, old: Spte, new: Spte) 
     }
 }
 
-fn traced(table: &Table) -> bindings::rmmu_traced_table {
-    bindings::rmmu_traced_table {
+fn traced_table(table: &Table) -> bindings::rmmu_traced_page {
+    // The role is the root's; its four lowest bits are the level.
+    let role = table.role().word & !0xf | u32::from(table.level().get());
+    bindings::rmmu_traced_page {
         gfn: table.gfn().0,
-        root_role: table.role().word,
-        level: table.level().get(),
+        role,
+        ..Default::default()
+    }
+}
+
+fn traced_page(page: &Page) -> bindings::rmmu_traced_page {
+    bindings::rmmu_traced_page {
+        gfn: page.gfn().0,
+        role: page.role().0,
+        root_count: page.root_count(),
+        generation: page.generation(),
+        unsync: page.is_unsync(),
+    }
+}
+
+/// What happens while the guest's tables are walked for a fault.
+#[inline(always)]
+pub(super) fn walk(event: WalkEvent) {
+    match event {
+        WalkEvent::Begins { address, kind } => {
+            if on(bindings::rmmu_event_RMMU_EVENT_kvm_mmu_pagetable_walk) {
+                // SAFETY: no precondition.
+                unsafe { bindings::rmmu_trace_pagetable_walk(address, kind.bits() as u32) }
+            }
+        }
+        WalkEvent::Entry { entry, level } => {
+            if on(bindings::rmmu_event_RMMU_EVENT_kvm_mmu_paging_element) {
+                // SAFETY: no precondition.
+                unsafe { bindings::rmmu_trace_paging_element(entry, level.get().into()) }
+            }
+        }
+        WalkEvent::SetsAccessed { table, offset } => {
+            if on(bindings::rmmu_event_RMMU_EVENT_kvm_mmu_set_accessed_bit) {
+                // SAFETY: no precondition.
+                unsafe { bindings::rmmu_trace_set_accessed_bit(table.0, offset.into()) }
+            }
+        }
+        WalkEvent::SetsDirty { table, offset } => {
+            if on(bindings::rmmu_event_RMMU_EVENT_kvm_mmu_set_dirty_bit) {
+                // SAFETY: no precondition.
+                unsafe { bindings::rmmu_trace_set_dirty_bit(table.0, offset.into()) }
+            }
+        }
+        WalkEvent::Faults(error_code) => {
+            if on(bindings::rmmu_event_RMMU_EVENT_kvm_mmu_walker_error) {
+                // SAFETY: no precondition.
+                unsafe { bindings::rmmu_trace_walker_error(error_code.bits() as u32) }
+            }
+        }
     }
 }
 

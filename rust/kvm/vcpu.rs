@@ -218,17 +218,13 @@ impl Mmu {
         Some(Hpa(root))
     }
 
-    /// Hands every root of `set` for which `drop_it` says so to `sink`, and forgets it.
+    /// Hands every root of `set` for which `drop_it` says so to `sink`, the one in use last, and forgets it.
     pub fn take_roots(
         &self,
         set: RootSet,
         mut drop_it: impl FnMut(Hpa) -> bool,
         mut sink: impl FnMut(Hpa),
     ) {
-        if let Some(root) = self.root().filter(|&hpa| set.has(0) && drop_it(hpa)) {
-            sink(root);
-            self.set_root(None, 0);
-        }
         // SAFETY: the context lives and is this thread's.
         let previous = unsafe { &mut (*self.0.get()).prev_roots };
         for (bit, root) in (1..).zip(previous.iter_mut()) {
@@ -238,6 +234,10 @@ impl Mmu {
                 root.pgd = u64::MAX;
                 sink(hpa);
             }
+        }
+        if let Some(root) = self.root().filter(|&hpa| set.has(0) && drop_it(hpa)) {
+            sink(root);
+            self.set_root(None, 0);
         }
     }
 }

@@ -133,6 +133,22 @@ fn finish(outcome: Outcome) -> Result<Handled> {
     }
 }
 
+/// Tells observers how a fault ended that might have needed no lock.
+pub(super) fn trace_fast(
+    vcpu: &Vcpu,
+    access: &Access,
+    cell: &AtomicU64,
+    old: Spte,
+    outcome: FastOutcome,
+) {
+    let ret = match outcome {
+        FastOutcome::Invalid => ret::INVALID,
+        FastOutcome::Fixed => ret::FIXED,
+        FastOutcome::Spurious => ret::SPURIOUS,
+    };
+    trace::fast_page_fault(vcpu, access.address, access.error_code, cell, old, ret);
+}
+
 fn bump(counter: &AtomicU64) {
     counter.fetch_add(1, Ordering::Relaxed);
 }
@@ -473,17 +489,18 @@ impl Vm {
         around: Option<&'s HostWindow<'s>>,
     ) -> Outcome {
         let (host, lock) = (self.host(), lock.held());
-        // A frame that is a table of a nested hypervisor's: its shadow must know that it may be written to from now on.
-        fault.write_tracked = self
-            .shadow
-            .try_unsync(&host, lock, slot, access.gfn, access.prefetch)
-            .is_err();
         trace::spte_requested(
             fault.gfn,
             fault.pfn,
             fault.goal_level,
             table::role(root).access,
         );
+        // A frame that is a table of a nested hypervisor's: its shadow must know that it may be written to from now on.
+        fault.write_tracked = fault.map_writable
+            && self
+                .shadow
+                .try_unsync(&host, lock, slot, access.gfn, access.prefetch)
+                .is_err();
         let mut cache = table::VcpuCache(vcpu);
         match around {
             Some(window) if window.range().pages() > 1 => {
@@ -575,14 +592,7 @@ impl Vm {
             access.exec,
             slot,
             dirty_track,
-            |cell, old, outcome| {
-                let ret = match outcome {
-                    FastOutcome::Invalid => ret::INVALID,
-                    FastOutcome::Fixed => ret::FIXED,
-                    FastOutcome::Spurious => ret::SPURIOUS,
-                };
-                trace::fast_page_fault(vcpu, access.address, access.error_code, cell, old, ret);
-            },
+            |cell, old, outcome| trace_fast(vcpu, access, cell, old, outcome),
         );
         let handled = match outcome {
             FastOutcome::Invalid => return None,

@@ -14,7 +14,7 @@
 //! emulated, and followed from `kvm_mmu_track_write()`.
 
 use super::{
-    fault::{Access, Backing, Handled},
+    fault::{trace_fast, Access, Backing, Handled},
     Vm,
 };
 use crate::{
@@ -280,6 +280,7 @@ impl Vm {
             access.exec,
             slot,
             slot.is_some_and(Slot::dirty_tracked),
+            |cell, old, outcome| trace_fast(vcpu, access, cell, old, outcome),
         );
         let handled = match outcome {
             FastOutcome::Invalid => return None,

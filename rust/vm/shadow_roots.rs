@@ -17,7 +17,8 @@ use crate::{
         vcpu, Kvm, Mmu, RootSet, Vcpu,
     },
     mmu::{
-        shadow::{guest::Guest, PagePtr, PageRole, Root},
+        shadow::{guest::Guest, GuestTables, PagePtr, PageRole, Root},
+        sync::MmuWrite,
         types::{Gfn, Level, PAGE_SHIFT},
     },
 };
@@ -35,6 +36,12 @@ mod pae {
 fn quarter(index: usize) -> Gfn {
     Gfn((index as u64) << (30 - PAGE_SHIFT))
 }
+
+/// What up to four roots are to be: the frame of the table, and the page's role.
+type Wanted = [Option<(Gfn, PageRole)>; 4];
+
+/// The roots.
+type Roots = [Option<PagePtr>; 4];
 
 /// A root, with room for the entries that it may consist of.
 pub(super) struct LoadedRoot {
@@ -102,57 +109,56 @@ impl Vm {
         }
         self.prepare_slots()?;
         if guest_level >= Level::L512G {
-            let page = self.alloc_shadow_root(vcpu, gfn, role)?;
-            mmu.set_root(Some(page.hpa()), pgd);
-            return Ok(());
+            return self.load_page(vcpu, mmu, role, pgd, gfn);
         }
         // A guest's page directory of four-byte entries covers all four quarters, which are told apart by the role.
-        let by_quadrant = guest_level == Level::L2M;
-        self.load_pae(vcpu, mmu, role, pgd, |index| {
-            let quadrant = if by_quadrant { index } else { 0 };
-            let table = tables.get(index).copied().flatten()?;
-            Some((table, quadrant as u8))
-        })
+        let quadrants = if guest_level == Level::L2M {
+            [0, 1, 2, 3]
+        } else {
+            [0; 4]
+        };
+        let mut wanted = [None; 4];
+        for ((wanted, table), quadrant) in wanted.iter_mut().zip(tables).zip(quadrants) {
+            *wanted = table.map(|gfn| (gfn, quadrant));
+        }
+        self.load_pae(vcpu, mmu, role, pgd, wanted)
     }
 
     fn load_direct(&self, vcpu: &Vcpu, mmu: &Mmu, role: PageRole) -> Result {
         if role.level() >= Level::L512G {
-            let page = self.alloc_shadow_root(vcpu, Gfn(0), role)?;
-            mmu.set_root(Some(page.hpa()), 0);
-            return Ok(());
+            return self.load_page(vcpu, mmu, role, 0, Gfn(0));
         }
-        self.load_pae(vcpu, mmu, role, 0, |index| Some((quarter(index), 0)))
+        let wanted = [0, 1, 2, 3].map(|index| Some((quarter(index), 0)));
+        self.load_pae(vcpu, mmu, role, 0, wanted)
     }
 
-    /// Fills the four PAE entries. `table` has the frame and quadrant of each, or none if there is no table.
+    /// Makes a page the root.
+    fn load_page(&self, vcpu: &Vcpu, mmu: &Mmu, role: PageRole, pgd: u64, gfn: Gfn) -> Result {
+        let wanted = [Some((gfn, role)), None, None, None];
+        let [root, ..] = self.alloc_shadow_roots(vcpu, wanted)?;
+        mmu.set_root(root.map(PagePtr::hpa), pgd);
+        Ok(())
+    }
+
+    /// Fills the four PAE entries: with the frames and quadrants of tables, where there are any.
     fn load_pae(
         &self,
         vcpu: &Vcpu,
         mmu: &Mmu,
         role: PageRole,
         pgd: u64,
-        table: impl Fn(usize) -> Option<(Gfn, u8)>,
+        wanted: [Option<(Gfn, u8)>; 4],
     ) -> Result {
         let level = role.level();
         let long = if level >= Level::L512G { pae::LONG } else { 0 };
         let bits = pae::PRESENT | long | self.format.me_value;
-        let mut entries = [0; 4];
-        for (index, entry) in entries.iter_mut().enumerate() {
-            let Some((gfn, quadrant)) = table(index) else {
-                continue;
-            };
-            let role = role.with_level(Level::L2M).with_quadrant(quadrant);
-            match self.alloc_shadow_root(vcpu, gfn, role) {
-                Ok(page) => *entry = page.hpa().0 | bits,
-                Err(error) => {
-                    let mut lock = self.kvm.write_lock();
-                    let roots = entries.into_iter().filter_map(pae_root);
-                    self.shadow.put_roots(&self.host(), lock.token(), roots);
-                    return Err(error);
-                }
-            }
-        }
-        mmu.set_pae_entries(entries);
+        let role = role.with_level(Level::L2M);
+        let wanted = wanted.map(|table| {
+            let (gfn, quadrant) = table?;
+            Some((gfn, role.with_quadrant(quadrant)))
+        });
+        let roots = self.alloc_shadow_roots(vcpu, wanted)?;
+        mmu.set_pae_entries(roots.map(|root| root.map_or(0, |root| root.hpa().0 | bits)));
         let root = mmu.link_pae_root(level, bits);
         if root.is_none() {
             self.kvm.bug(c"a context has no page for PAE entries");
@@ -162,34 +168,49 @@ impl Vm {
         Ok(())
     }
 
-    /// A shadow page for the guest's table at `gfn`, with a reference for the caller.
-    fn alloc_shadow_root(&self, vcpu: &Vcpu, gfn: Gfn, role: PageRole) -> Result<PagePtr> {
-        let host = self.host();
+    /// Shadow pages for the guest's tables, each with a reference for the caller.
+    fn alloc_shadow_roots(&self, vcpu: &Vcpu, wanted: Wanted) -> Result<Roots> {
         let mut cpu = ShadowCpu::new(vcpu);
-        if role.is_direct() {
+        if PageRole(vcpu.mmu().role_word()).is_direct() {
             let mut lock = self.kvm.write_lock();
-            self.make_pages_available(lock.token())?;
-            return self
-                .shadow
-                .alloc_root::<_, _, super::shadow::NoGuest<'_>>(
-                    &host,
-                    lock.token(),
-                    &mut cpu,
-                    None,
-                    gfn,
-                    role,
-                )
-                .ok_or(ENOMEM);
+            return self.alloc_roots::<super::shadow::NoGuest<'_>>(
+                lock.token(),
+                &mut cpu,
+                None,
+                wanted,
+            );
         }
         let paging = Paging::of(self, vcpu).ok_or(EIO)?;
         let memory = VcpuMemory(vcpu);
         let mut lock = self.kvm.write_lock();
-        self.make_pages_available(lock.token())?;
         with_guest!(paging, memory, guest => {
-            self.shadow
-                .alloc_root(&host, lock.token(), &mut cpu, Some(&guest), gfn, role)
-                .ok_or(ENOMEM)
+            self.alloc_roots(lock.token(), &mut cpu, Some(&guest), wanted)
         })
+    }
+
+    /// Makes room once for all of them: to exceed the quota by three pages does no harm.
+    fn alloc_roots<G: GuestTables>(
+        &self,
+        lock: &mut MmuWrite<'_>,
+        cpu: &mut ShadowCpu<'_>,
+        guest: Option<&G>,
+        wanted: Wanted,
+    ) -> Result<Roots> {
+        let host = self.host();
+        let mut roots: Roots = [None; 4];
+        self.make_pages_available(lock)?;
+        for (root, wanted) in roots.iter_mut().zip(wanted) {
+            let Some((gfn, role)) = wanted else {
+                continue;
+            };
+            *root = self.shadow.alloc_root(&host, lock, cpu, guest, gfn, role);
+            if root.is_none() {
+                self.shadow
+                    .put_roots(&host, lock, roots.into_iter().flatten());
+                return Err(ENOMEM);
+            }
+        }
+        Ok(roots)
     }
 
     /// Prepares the hash table of shadow pages and the slots' metadata, for the first shadow root. Sleeps.

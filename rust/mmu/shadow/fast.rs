@@ -45,10 +45,35 @@ pub(super) fn read_entry<H: Host, R: RcuRead>(
     Spte(cell(host, hpa, level, addr, rcu).load(Ordering::Acquire))
 }
 
+/// The lowest entry for `addr` below the page at `start`, what it is, and its level.
+#[inline]
+fn lowest<'r, H: Host, R: RcuRead>(
+    host: &H,
+    start: (Hpa, Level),
+    addr: u64,
+    rcu: &'r R,
+) -> (&'r AtomicU64, Spte, Level) {
+    let (mut hpa, mut level) = start;
+    loop {
+        let cell = cell(host, hpa, level, addr, rcu);
+        let spte = Spte(cell.load(Ordering::Acquire));
+        match level.child() {
+            Some(child) if spte.is_nonleaf(level) => {
+                hpa = spte.hpa(host.format());
+                level = child;
+            }
+            _ => return (cell, spte, level),
+        }
+    }
+}
+
 impl Shadow {
     /// Serves a fault on a present leaf of a direct root that was write-protected
     /// for the dirty log, or made inaccessible by aging. The caller holds references
     /// to the root.
+    ///
+    /// `observe` is told, in the RCU section, where the entry is, what it was, and
+    /// how it ended.
     #[allow(clippy::too_many_arguments)]
     pub fn fast_fault<H: ShadowHost>(
         &self,
@@ -59,32 +84,27 @@ impl Shadow {
         exec: bool,
         slot: Option<&H::Slot>,
         dirty_track: bool,
+        observe: impl FnOnce(&AtomicU64, Spte, FastOutcome),
     ) -> FastOutcome {
         let format = host.format();
         let addr = gfn.to_gpa();
         let rcu = host.rcu_read();
+        let Some(start) = root.start(format, addr) else {
+            return FastOutcome::Invalid;
+        };
+        let (mut cell, mut old, mut level) = lowest(host, start, addr, &rcu);
+        let mut outcome = FastOutcome::Invalid;
         for _ in 0..FAST_TRIES {
-            let Some((mut hpa, mut level)) = root.start(format, addr) else {
-                return FastOutcome::Invalid;
-            };
-            let (cell, old) = loop {
-                let cell = cell(host, hpa, level, addr, &rcu);
-                let spte = Spte(cell.load(Ordering::Acquire));
-                match level.child() {
-                    Some(child) if spte.is_nonleaf(level) => {
-                        hpa = spte.hpa(format);
-                        level = child;
-                    }
-                    _ => break (cell, spte),
-                }
-            };
             if !old.is_leaf(level) {
-                return FastOutcome::Invalid;
+                break;
             }
             let new = match fast_fix(format, old, level, write, exec, dirty_track) {
-                FastFix::Spurious => return FastOutcome::Spurious,
-                FastFix::Impossible => return FastOutcome::Invalid,
                 FastFix::Change(new) => new,
+                FastFix::Impossible => break,
+                FastFix::Spurious => {
+                    outcome = FastOutcome::Spurious;
+                    break;
+                }
             };
             let fixed = cell
                 .compare_exchange(old.0, new.0, Ordering::AcqRel, Ordering::Relaxed)
@@ -95,10 +115,13 @@ impl Shadow {
                 if let (Some(slot), true) = (slot, new.is_writable() && !old.is_writable()) {
                     host.mark_dirty(slot, gfn);
                 }
-                return FastOutcome::Fixed;
+                outcome = FastOutcome::Fixed;
+                break;
             }
+            (cell, old, level) = lowest(host, start, addr, &rcu);
         }
-        FastOutcome::Invalid
+        observe(cell, old, outcome);
+        outcome
     }
 
     /// The entries on the way to `addr`, by level; the lowest level that was

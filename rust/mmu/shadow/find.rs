@@ -4,7 +4,7 @@
 
 use super::{
     guest::GuestTables,
-    host::{Counter, Maximum, PageSource, ShadowHost, ShadowVcpu},
+    host::{Counter, Maximum, PageEvent, PageSource, ShadowHost, ShadowVcpu},
     page::{Entry, Page, PagePtr},
     rmap::DescPtr,
     role::PageRole,
@@ -127,13 +127,14 @@ impl<'l, H: ShadowHost> Op<'l, H> {
         gfn: Gfn,
         role: PageRole,
     ) -> Option<&'l Page> {
-        match self.find_page(cx, gfn, role) {
-            Some(page) => Some(page),
-            None => {
-                self.host.count(Counter::CacheMiss, 1);
-                self.make_page(cx, gfn, role)
-            }
+        if let Some(page) = self.find_page(cx, gfn, role) {
+            self.host.trace_page(PageEvent::Found(page));
+            return Some(page);
         }
+        self.host.count(Counter::CacheMiss, 1);
+        let page = self.make_page(cx, gfn, role)?;
+        self.host.trace_page(PageEvent::Made(page));
+        Some(page)
     }
 
     fn find_page<C: Context<H>>(&self, cx: &mut C, gfn: Gfn, role: PageRole) -> Option<&'l Page> {

@@ -2,7 +2,11 @@
 
 //! What the shadow MMU needs from outside, on top of [`Host`].
 
-use super::{page::PagePtr, rmap::DescPtr, role::PageRole};
+use super::{
+    page::{Page, PagePtr},
+    rmap::DescPtr,
+    role::PageRole,
+};
 use crate::mmu::{
     host::Host,
     sync::{atomic::AtomicU64, Flush, MmuWrite},
@@ -34,6 +38,21 @@ pub enum Counter {
     Prefetched,
     /// A huge page of a nested guest was split in advance.
     NestedSplit,
+}
+
+/// Something about a page that an observer may want to know.
+#[derive(Clone, Copy)]
+pub enum PageEvent<'a> {
+    /// It was found.
+    Found(&'a Page),
+    /// It was made.
+    Made(&'a Page),
+    /// It is about to become unsync.
+    Unsynced(&'a Page),
+    /// It is unsync, and about to be that no more.
+    Synced(&'a Page),
+    /// It is about to be zapped.
+    Zapped(&'a Page),
 }
 
 /// Statistics of which KVM keeps the maximum.
@@ -126,6 +145,10 @@ pub unsafe trait ShadowHost: Host {
     fn host_mmio_mapped_without_root(&self) {
         self.host_mmio_mapped();
     }
+
+    /// Something happened to a page. Called under the locks of the operation.
+    #[inline]
+    fn trace_page(&self, _event: PageEvent<'_>) {}
 
     /// Counts events.
     fn count(&self, counter: Counter, by: i64);

@@ -73,7 +73,7 @@ mod write;
 mod zap;
 
 pub use guest::{GuestLeaf, GuestTable, GuestTables, GuestWalk, GROUP};
-pub use host::{Counter, Maximum, PageSource, ShadowHost, ShadowVcpu, SplitCaches};
+pub use host::{Counter, Maximum, PageEvent, PageSource, ShadowHost, ShadowVcpu, SplitCaches};
 pub use inspect::PageInfo;
 pub use list::Buckets;
 pub use page::{Page, PagePtr, Translations, KIND_SHADOW};

@@ -71,7 +71,7 @@ pub struct Page {
     generation: AtomicU8,
     /// The guest may have changed the table without our knowledge.
     unsync: AtomicBool,
-    /// vCPUs that use the page as a root.
+    /// vCPUs that use the page as a root; changes under the write lock.
     pub(super) roots: Cell<u32>,
     unsync_children: AtomicU16,
     /// Writes to the table since a walk came by.
@@ -149,8 +149,14 @@ impl Page {
 
     /// The generation of the VM's pages when this page was made.
     #[inline]
-    pub(super) fn generation(&self) -> u8 {
+    pub fn generation(&self) -> u8 {
         self.generation.load(Ordering::Relaxed)
+    }
+
+    /// How many vCPUs use the page as a root.
+    #[inline]
+    pub fn root_count(&self) -> u32 {
+        self.roots.get()
     }
 
     /// The frame that entry number `index` maps or would map.
@@ -194,7 +200,7 @@ impl Page {
 
     /// See [`Page`].
     #[inline]
-    pub(super) fn is_unsync(&self) -> bool {
+    pub fn is_unsync(&self) -> bool {
         self.unsync.load(Ordering::Acquire)
     }
 

@@ -14,7 +14,7 @@
 //! unsync is of the last level and has nothing below.
 
 use super::{
-    host::{Counter, ShadowHost},
+    host::{Counter, PageEvent, ShadowHost},
     page::{Entry, Page},
     Op, Shadow,
 };
@@ -160,6 +160,7 @@ impl Shadow {
             host.bug("rmmu: a page above the last level would become unsync");
             return;
         }
+        host.trace_page(PageEvent::Unsynced(page));
         host.count(Counter::Unsync, 1);
         // The marks first: whoever sees that the page is unsync already makes its
         // table writable without a look at the marks.
@@ -189,6 +190,7 @@ impl<'l, H: ShadowHost> Op<'l, H> {
 
     /// The page is not unsync any more.
     pub(super) fn mark_synced(&self, page: &Page) {
+        self.host.trace_page(PageEvent::Synced(page));
         page.set_unsync(false);
         self.host.count(Counter::Unsync, -1);
     }

@@ -3,7 +3,7 @@
 //! Zapping pages.
 
 use super::{
-    host::{Counter, ShadowHost},
+    host::{Counter, PageEvent, ShadowHost},
     page::{Entry, Page},
     unsync::{is_untouched, Unsynced},
     Op, Owed, Shadow,
@@ -31,6 +31,7 @@ impl<'l, H: ShadowHost> Op<'l, H> {
     /// Takes a page, and unsync pages below it, out of use. What vCPUs do not use
     /// as a root is freed at the end of the operation.
     pub(super) fn prepare_zap(&self, page: &'l Page) -> Zapped {
+        self.host.trace_page(PageEvent::Zapped(page));
         self.host.count(Counter::ShadowZapped, 1);
         let mut pages = self.zap_unsync_below(page);
         for index in 0..ENTRIES {

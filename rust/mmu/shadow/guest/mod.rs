@@ -89,6 +89,41 @@ pub enum Exchange {
     Unreachable,
 }
 
+/// What an observer may want to know of a walk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum WalkEvent {
+    /// It begins, for this kind of access.
+    Begins {
+        /// The address to be translated.
+        address: u64,
+        /// The kind of access.
+        kind: ErrorCode,
+    },
+    /// An entry was read.
+    Entry {
+        /// The entry.
+        entry: u64,
+        /// The level of its table.
+        level: Level,
+    },
+    /// An accessed bit is to be set.
+    SetsAccessed {
+        /// The table.
+        table: Gfn,
+        /// The offset of the entry in it.
+        offset: u16,
+    },
+    /// A dirty bit is to be set.
+    SetsDirty {
+        /// The table.
+        table: Gfn,
+        /// The offset of the entry in it.
+        offset: u16,
+    },
+    /// It ended with a fault.
+    Faults(ErrorCode),
+}
+
 /// The guest's memory.
 ///
 /// An entry is read and written by a single access of its width. Its offset in the
@@ -128,6 +163,10 @@ pub trait GuestMemory {
     fn log_dirty(&self, _address: u64) -> bool {
         true
     }
+
+    /// Something happened in a walk.
+    #[inline]
+    fn trace(&self, _event: WalkEvent) {}
 }
 
 impl GuestContext {

@@ -6,7 +6,7 @@ use super::{
     fault::{ept_violation, error_code},
     format::GuestFormat,
     tables::protect_clean,
-    ErrorCode, Exchange, GuestContext, GuestFault, GuestMemory,
+    ErrorCode, Exchange, GuestContext, GuestFault, GuestMemory, WalkEvent,
 };
 use crate::mmu::types::{Gfn, Level, ACC_ALL, ACC_EXEC, ACC_USER, ACC_WRITE, PAGE_SHIFT};
 
@@ -107,16 +107,18 @@ pub fn walk<F: GuestFormat, M: GuestMemory>(
     address: u64,
     kind: ErrorCode,
 ) -> Result<GuestWalk, Stop> {
+    memory.trace(WalkEvent::Begins { address, kind });
+    let fault = |dead| fault::<F, M>(memory, context, address, kind, dead);
     for _ in 0..TRIES {
         let mut path = match descend::<F, M>(memory, context, address) {
             Ok(path) => path,
-            Err(dead) => return Err(fault::<F>(context, address, kind, dead)),
+            Err(dead) => return Err(fault(dead)),
         };
         let leaf = path.leaf();
         let forbidden = context.permission_fault(path.access, F::key(leaf), kind);
         if let Some(cause) = forbidden {
             let access = path.access;
-            return Err(fault::<F>(context, address, kind, Dead { cause, access }));
+            return Err(fault(Dead { cause, access }));
         }
         let write = kind.contains(ErrorCode::WRITE);
         match mark::<F, M>(memory, context, address, write, &mut path) {
@@ -125,7 +127,7 @@ pub fn walk<F: GuestFormat, M: GuestMemory>(
             Err(NotMarked::Unreachable) => {
                 let cause = ErrorCode::NONE;
                 let access = path.access;
-                return Err(fault::<F>(context, address, kind, Dead { cause, access }));
+                return Err(fault(Dead { cause, access }));
             }
         }
     }
@@ -146,6 +148,10 @@ fn descend<F: GuestFormat, M: GuestMemory>(
     if context.level == Level::L1G {
         let index = (address >> 30 & 3) as usize;
         pointer = context.pdptrs.get(index).copied().unwrap_or(0);
+        memory.trace(WalkEvent::Entry {
+            entry: pointer,
+            level,
+        });
         level = Level::L2M;
         if !F::is_present(context, pointer) {
             return Err(Dead::not_present(access));
@@ -166,6 +172,7 @@ fn descend<F: GuestFormat, M: GuestMemory>(
         let entry = memory
             .read(page, offset, F::WIDTH)
             .ok_or(Dead::not_present(access))?;
+        memory.trace(WalkEvent::Entry { entry, level });
         let used = GuestTable {
             gfn: table,
             entry_gpa: table.to_gpa() | u64::from(offset),
@@ -215,9 +222,15 @@ fn mark<F: GuestFormat, M: GuestMemory>(
         ) else {
             continue;
         };
+        let offset = F::offset(address, level);
+        let table = used.gfn;
         let mut new = used.entry | F::ACCESSED;
-        if level == leaf && write {
-            if F::EPT && new & F::DIRTY == 0 && !memory.log_dirty(address) {
+        if new != used.entry {
+            memory.trace(WalkEvent::SetsAccessed { table, offset });
+        }
+        if level == leaf && write && new & F::DIRTY == 0 {
+            memory.trace(WalkEvent::SetsDirty { table, offset });
+            if F::EPT && !memory.log_dirty(address) {
                 return Err(NotMarked::Unreachable);
             }
             new |= F::DIRTY;
@@ -226,7 +239,6 @@ fn mark<F: GuestFormat, M: GuestMemory>(
         if new == used.entry || !memory.is_writable(*page) {
             continue;
         }
-        let offset = F::offset(address, level);
         match memory.compare_exchange(*page, offset, F::WIDTH, used.entry, new) {
             Exchange::Done => used.entry = new,
             Exchange::Changed => return Err(NotMarked::Changed),
@@ -236,7 +248,8 @@ fn mark<F: GuestFormat, M: GuestMemory>(
     Ok(())
 }
 
-fn fault<F: GuestFormat>(
+fn fault<F: GuestFormat, M: GuestMemory>(
+    memory: &M,
     context: &GuestContext,
     address: u64,
     kind: ErrorCode,
@@ -248,6 +261,7 @@ fn fault<F: GuestFormat>(
     if context.nested && !F::EPT {
         code = code | kind.of(ErrorCode::GUEST_FINAL | ErrorCode::GUEST_PAGE);
     }
+    memory.trace(WalkEvent::Faults(code));
     Stop::Fault(GuestFault {
         address,
         error_code: code,

@@ -85,6 +85,7 @@ impl Vm {
             kind.exec,
             slot,
             logged,
+            |_, _, _| {},
         )
     }
 
