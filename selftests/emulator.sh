@@ -1,7 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-2.0
-# Whether the emulated CPU is one that shadow paging can be tested on: QEMU's SVM has three faults,
-# which are mended for the modes that need it (scripts/lib/emulator.py).
+# Whether the emulated CPU is one that shadow paging can be tested on: QEMU has four faults, which are
+# mended for the modes that need it (scripts/lib/emulator.py).
 
 . /selftests/lib/tap.sh
 . /selftests/lib/rmmu.sh
@@ -35,10 +35,11 @@ reload_with_npt() {
 	kvm_unload && modprobe kvm-amd npt=1 && [ "$(cat /sys/module/kvm_amd/parameters/npt)" = Y ]
 }
 
-plan 5
+plan 6
 check "exits are traced" trace_on
 check "under shadow paging a guest reads its own CR3" paging -m 4-level -n 2000
 check "an exception that was delivered does not come back in EXITINTINFO" trace_off
 check "KVM loads again with nested paging" reload_with_npt
 check "a fault for a reserved bit says that the entry is present" paging -r -m 4-level -n 3000
+check "a page fault makes the CPU forget the page" paging -f -m 32-bit -n 10000 -s 1
 finish

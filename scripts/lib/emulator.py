@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0
-"""QEMU with three faults of its SVM emulation mended, for modes in which they show.
+"""QEMU with some faults of its CPU mended, for modes in which they show.
 
 Debian's QEMU runs all tests that it can. Under shadow paging it cannot: see FAULTS. So Debian's source of QEMU is built
 once, for x86-64 machines only and without what the test VM has no use for, with one small edit a fault. The edits are
@@ -54,6 +54,13 @@ FAULTS = [
         "target/i386/tcg/seg_helper.c",
         "                 event_inj & ~SVM_EVTINJ_VALID);\n",
         "                 event_inj & SVM_EVTINJ_VALID ? 0 : event_inj);\n",
+    ),
+    Fault(
+        "After a page fault the CPU still uses translations of that address which it had before, though the tables "
+        "were read again and say otherwise. AMD's and Intel's processors forget them.",
+        "target/i386/tcg/system/excp_helper.c",
+        "        raise_stage2(env, &err, retaddr);\n    }\n",
+        "        raise_stage2(env, &err, retaddr);\n    }\n    tlb_flush_page(cs, addr);\n",
     ),
 ]
 

@@ -79,6 +79,21 @@ uint64_t read_field(const char *path, const char *name, uint64_t missing)
 	return value;
 }
 
+static bool is_off(const char *parameter)
+{
+	char value[8] = "";
+
+	read_word(parameter, value, sizeof(value));
+	return value[0] == 'N';
+}
+
+enum kvm_paging kvm_paging(void)
+{
+	if (is_off("/sys/module/kvm_amd/parameters/npt") || is_off("/sys/module/kvm_intel/parameters/ept"))
+		return SHADOW;
+	return is_off(KVM_PARAMETERS "tdp_mmu") ? DIRECT : TDP_MMU;
+}
+
 /* How many huge pages the machine had before hugetlb_memory() asked for more. */
 static uint64_t huge_pages_before;
 

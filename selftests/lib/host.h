@@ -22,6 +22,10 @@ uint64_t read_number(const char *path);
 /* The number behind "name" or "name:" at the start of a line; `missing` when there is none. */
 uint64_t read_field(const char *path, const char *name, uint64_t missing);
 
+/* How KVM pages: its TDP MMU, or the shadow MMU with nested paging or without. */
+enum kvm_paging { TDP_MMU, DIRECT, SHADOW };
+enum kvm_paging kvm_paging(void);
+
 /* Memory of huge pages of hugetlbfs, which are set aside for it; NULL when there are none to be had. */
 void *hugetlb_memory(size_t size);
 void hugetlb_release(void *memory, size_t size);

@@ -153,7 +153,7 @@ uint32_t frame_stub(uint64_t gpa);
 struct options {
 	uint64_t seed, ops;
 	int invlpg_percent;	/* how many changes are followed by the INVLPG that they need */
-	bool reserved_is_present, verbose;
+	bool reserved_is_present, fault_forgets, compare_events, verbose;
 };
 
 /* Do it; the number of violations. */

@@ -305,8 +305,8 @@ static void access_page(struct run *run)
 	for (int i = 0; i < outcomes.count; i++)
 		permission &= outcomes.list[i].error != NO_FAULT &&
 			      (outcomes.list[i].error & (PF_P | PF_RSVD)) == PF_P;
-	/* A fault for the lack of a permission makes the CPU forget the page. */
-	if (permission && run->mode->paging != NESTED)
+	/* A fault for the lack of a permission makes the CPU forget the page, and KVM's shadow MMU too. QEMU does not. */
+	if (permission && run->options->fault_forgets && run->mode->paging != NESTED)
 		model_invlpg(&run->model, va);
 }
 
