@@ -44,6 +44,10 @@ static const struct kernel_param_ops rmmu_fault_around_ops = {
 module_param_cb(fault_around_bytes, &rmmu_fault_around_ops, &rmmu_fault_around_bytes, 0644);
 MODULE_PARM_DESC(fault_around_bytes, "How much to map around a page that faults, where the host has it mapped already: a power of two from 4096 (off) to 256K (default 64K).");
 
+bool rmmu_shadow_prefetch = true;
+module_param_named(shadow_prefetch, rmmu_shadow_prefetch, bool, 0644);
+MODULE_PARM_DESC(shadow_prefetch, "After a fault that the legacy MMU serves, install the entries around it (default 1). To see what that is worth.");
+
 /* Named field: Rust's static branch macro addresses the key by type and field. */
 struct rmmu_tdp_mmu_key {
 	struct static_key_true key;

@@ -39,6 +39,7 @@ extern char rmmu_owner_mark;
 
 /* Module parameters */
 extern bool rmmu_own_new_vms;
+extern bool rmmu_shadow_prefetch;
 extern bool rmmu_wants_tdp_mmu;
 extern unsigned int rmmu_fault_around_bytes;
 bool rmmu_valid_fault_around_bytes(u64 bytes);	/* Rust */

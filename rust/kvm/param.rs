@@ -73,6 +73,12 @@ pub fn fault_around_bytes() -> u64 {
     }
 }
 
+/// Whether the shadow MMU installs entries around a fault in advance.
+pub fn shadow_prefetch() -> bool {
+    // SAFETY: a byte that sysfs writes; read once.
+    unsafe { (&raw const bindings::rmmu_shadow_prefetch).read_volatile() }
+}
+
 /// A variable of kvm.ko that can change while it runs.
 struct Variable<T>(AtomicPtr<T>);
 

@@ -8,7 +8,7 @@
 //! debugfs are right.
 
 use crate::{
-    kvm::{bindings, calls, host::KvmHost, slot::Slot, table, trace, vcpu::Vcpu, vm::Kvm},
+    kvm::{bindings, calls, host::KvmHost, param, slot::Slot, table, trace, vcpu::Vcpu, vm::Kvm},
     mmu::{
         shadow::{
             Buckets, Counter, Desc, DescPtr, Maximum, Page, PageEvent, PagePtr, PageRole,
@@ -433,7 +433,7 @@ impl<'k> ShadowVcpu<KvmHost<'k>> for ShadowCpu<'_> {
     }
 
     fn may_prefetch(&self) -> bool {
-        !self.vcpu.kvm().invalidating_now()
+        param::shadow_prefetch() && !self.vcpu.kvm().invalidating_now()
     }
 
     fn memtype(&self, gfn: Gfn, host_mmio: bool) -> u64 {

@@ -10,6 +10,8 @@
 #ifndef PAGING_LAYOUT_H
 #define PAGING_LAYOUT_H
 
+#include "svm.h"
+
 #define ZONE_FRAMES	16
 #define ZONE_A		0x000000
 #define ZONE_B		0x400000
@@ -70,16 +72,5 @@
 /* Values of guest_sync(). */
 #define SYNC_DONE	0x600d
 #define SYNC_BAD	0xbad0000
-
-#define VMCB_TLB_CONTROL	0x05c
-#define VMCB_EXIT_CODE		0x070
-#define VMCB_EXIT_INFO1		0x078
-#define VMCB_EXIT_INFO2		0x080
-#define VMCB_NCR3		0x0b0
-#define VMCB_RIP		0x578
-#define VMCB_RSP		0x5d8
-#define VMCB_RAX		0x5f8
-#define EXIT_VMMCALL		0x081
-#define EXIT_NPF		0x400
 
 #endif

@@ -14,8 +14,6 @@
 #define EFER_LME	(1UL << 8)
 #define EFER_LMA	(1UL << 10)
 #define EFER_NX		(1UL << 11)
-#define EFER_SVME	(1UL << 12)
-#define MSR_VM_HSAVE_PA	0xc0010117
 
 /* Fixed tables; accessed and dirty already, so that nothing has to be written to them. */
 #define TABLE		(PTE_P | PTE_W | PTE_A)
@@ -185,50 +183,6 @@ static struct kvm_segment segment(uint16_t selector, int type, bool long_code)
 	};
 }
 
-static void vmcb_segment(uint8_t *vmcb, int offset, uint16_t selector, uint16_t attributes)
-{
-	uint32_t limit = ~0U;
-
-	memcpy(vmcb + offset, &selector, 2);
-	memcpy(vmcb + offset + 2, &attributes, 2);
-	memcpy(vmcb + offset + 4, &limit, 4);
-}
-
-static void vmcb_set(uint8_t *vmcb, int offset, uint64_t value)
-{
-	memcpy(vmcb + offset, &value, 8);
-}
-
-/* A nested guest in 64-bit mode, whose every exception ends up with its hypervisor. */
-static void nested_guest(struct machine *machine)
-{
-	struct { struct kvm_msrs msrs; struct kvm_msr_entry entry; } msr = {
-		.msrs.nmsrs = 1, .entry = { .index = MSR_VM_HSAVE_PA, .data = HSAVE_ADDR },
-	};
-	uint8_t *vmcb = machine_memory(machine, VMCB_ADDR);
-	uint32_t exceptions = ~0U, asid = 1;
-
-	memcpy(vmcb + 0x08, &exceptions, 4);
-	vmcb_set(vmcb, 0x0c, 1UL << 31 | 3UL << 32);	/* shutdown; VMRUN and VMMCALL */
-	memcpy(vmcb + 0x58, &asid, 4);
-	vmcb[VMCB_TLB_CONTROL] = 1;
-	vmcb_set(vmcb, 0x90, 1);			/* nested paging */
-	vmcb_segment(vmcb, 0x400, SEL_DATA, 0xc93);
-	vmcb_segment(vmcb, 0x410, SEL_CODE64, 0xa9b);
-	vmcb_segment(vmcb, 0x420, SEL_DATA, 0xc93);
-	vmcb_segment(vmcb, 0x430, SEL_DATA, 0xc93);
-	vmcb_set(vmcb, 0x4d0, EFER_SVME | EFER_LME | EFER_LMA);
-	vmcb_set(vmcb, 0x548, CR4_PAE);
-	vmcb_set(vmcb, 0x550, INNER_PML4);
-	vmcb_set(vmcb, 0x558, CR0_PE | CR0_MP | CR0_NE | CR0_WP | CR0_PG);
-	vmcb_set(vmcb, 0x560, 0x400);
-	vmcb_set(vmcb, 0x568, 0xffff0ff0);
-	vmcb_set(vmcb, 0x570, 2);
-	vmcb_set(vmcb, 0x668, 0x0007040600070406);
-	if (ioctl(machine->vcpu->fd, KVM_SET_MSRS, &msr) != 1)
-		bail("KVM_SET_MSRS: %m");
-}
-
 static void registers(struct machine *machine, uint64_t root)
 {
 	const struct mode *mode = machine->mode;
@@ -251,7 +205,7 @@ static void registers(struct machine *machine, uint64_t root)
 	sregs.cr3 = root;
 	sregs.cr4 = machine->cr4;
 	sregs.efer = (mode->long_mode ? EFER_LME | EFER_LMA : 0) |
-		     (machine->features.nx ? EFER_NX : 0) | (mode->paging == NESTED ? EFER_SVME : 0);
+		     (machine->features.nx ? EFER_NX : 0);
 	must(ioctl(machine->vcpu->fd, KVM_SET_SREGS, &sregs));
 	must(ioctl(machine->vcpu->fd, KVM_SET_REGS, &regs));
 }
@@ -325,7 +279,7 @@ void machine_create(struct machine *machine, const struct mode *mode, struct fea
 	machine->ops = machine_memory(machine, OPS_ADDR);
 	registers(machine, root);
 	if (mode->paging == NESTED)
-		nested_guest(machine);
+		svm_prepare(machine->vcpu, VMCB_ADDR, HSAVE_ADDR, INNER_PML4);
 }
 
 void machine_destroy(struct machine *machine)
