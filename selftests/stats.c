@@ -477,7 +477,7 @@ int main(void)
 		skip_all("kvm_rmmu is not loaded");
 	/* A vCPU that changes the CPU flushes, and so does a walk that is to let somebody else run. */
 	CPU_ZERO(&cpus);
-	CPU_SET(0, &cpus);
+	CPU_SET(sched_getcpu(), &cpus);
 	must(sched_setaffinity(0, sizeof(cpus), &cpus));
 	must(sched_setscheduler(0, SCHED_FIFO, &first));
 	read_word(OWN, own, sizeof(own));

@@ -21,6 +21,7 @@ from pathlib import Path
 class Options:
     """The machine a test runs on."""
 
+    # CPUs for the tests. There may be one more, see spare_cpu.
     smp: int = 2
     memory: str = "4G"
     cpu: str = "max,+svm,+npt"
@@ -30,6 +31,19 @@ class Options:
     program: Path = None
     # The machine's clock counts instructions, so that what is timed is the same whatever else this host does.
     icount: bool = False
+
+    @property
+    def spare_cpu(self):
+        """CPU 0 runs no test, see "The CPU that no test runs on" in Documentation/testing.rst.
+
+        With icount QEMU emulates all CPUs in one thread, and none of that can happen.
+        """
+        return not self.icount
+
+    @property
+    def cpus(self):
+        """The CPUs that tests run on, as a list for taskset."""
+        return f"1-{self.smp}" if self.spare_cpu else f"0-{self.smp - 1}"
 
 
 # Each instruction takes this long by the clock of a machine with icount.
@@ -81,7 +95,7 @@ class Machine:
             "-machine", "q35,usb=off,vmport=off",
             *self._clock(),
             "-cpu", self.options.cpu,
-            "-smp", str(self.options.smp),
+            "-smp", str(self.options.smp + int(self.options.spare_cpu)),
             "-m", self.options.memory,
             "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
             "-run-with", "exit-with-parent=on",

@@ -120,6 +120,7 @@ def pack(config, environment, interactive=False):
         "INTERACTIVE": int(interactive),
         "MODULES": " ".join(config.load),
         "TIME_FACTOR": environment.booted.time_factor,
+        "CPUS": config.machine.cpus,
     }
     if config.module:
         archive.file("/lib/modules/kvm_rmmu.ko", config.module)
