@@ -19,7 +19,7 @@ play() {
 		return 1
 	}
 	kvm_dir=$(guest_kvm_dir)
-	echo "$who faults $(cat "$kvm_dir"/vcpu*/pf_taken)"
+	echo "$who faults $(cat "$kvm_dir"/pf_taken)"
 	[ -n "$(guest_rmmu_dir)" ] && owner=rmmu || owner=in-tree
 	guest_stop
 	[ $owner = "$who" ] || { echo "the guest is not $who's"; return 1; }

@@ -159,13 +159,13 @@ int main(int argc, char **argv)
 		{ "help", no_argument, NULL, 'h' },
 		{ 0 },
 	};
+	char *window, *end = "";
 	bool list = false;
-	char *window;
 	int option;
 
 	while ((option = getopt_long(argc, argv, "", options, NULL)) != -1) {
 		if (option == 'r')
-			rounds = atoi(optarg);
+			rounds = strtol(optarg, &end, 10);
 		else if (option == 'd')
 			bench_file_dir = optarg;
 		else if (option == 'i')
@@ -177,6 +177,8 @@ int main(int argc, char **argv)
 			return option != 'h';
 		}
 	}
+	if (*end || rounds < 1)
+		bail("--rounds takes a number, 1 at least");
 	window = default_window();
 	for (unsigned int group = 0; group < sizeof(groups) / sizeof(*groups); group++)
 		for (const struct row *row = groups[group]; row->name; row++) {
