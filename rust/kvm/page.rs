@@ -159,7 +159,7 @@ pub struct MappedPage {
 /// What the host's page table has for a frame and the frames around it.
 pub struct HostWindow<'l> {
     window: &'l bindings::rmmu_host_window,
-    base: Gfn,
+    asked: GfnRange,
     read_only: bool,
     /// The level at which the host maps the frame that was asked for; none if it does not, or does not allow the access.
     pub level: Option<Level>,
@@ -212,26 +212,32 @@ impl<'l> HostWindow<'l> {
             // SAFETY: the function has written `first`, `end` and what is between; the rest is never read, and is numbers
             // whatever it holds.
             window: unsafe { place.assume_init_ref() },
-            base: range.start,
+            asked: range,
             read_only,
             level: Level::new(level as u8),
             _lock: lock,
         })
     }
 
+    /// Whether the frame that was asked for has no neighbours in the window, though it might have had.
+    #[inline]
+    pub fn is_alone(&self) -> bool {
+        self.range().pages() == 1 && self.asked.pages() > 1
+    }
+
     /// The frames that were found, the one that was asked for among them.
     #[inline]
     pub fn range(&self) -> GfnRange {
         GfnRange::new(
-            self.base.add(self.window.first.into()),
-            self.base.add(self.window.end.into()),
+            self.asked.start.add(self.window.first.into()),
+            self.asked.start.add(self.window.end.into()),
         )
     }
 
     /// The page at a frame.
     #[inline]
     pub fn page(&self, gfn: Gfn) -> Option<MappedPage> {
-        let at = gfn.0.wrapping_sub(self.base.0) as usize;
+        let at = gfn.0.wrapping_sub(self.asked.start.0) as usize;
         if at < self.window.first as usize || at >= self.window.end as usize {
             return None;
         }

@@ -11,6 +11,9 @@
 //! and zapping found meanwhile counts as well. If too few were used, the next windows are smaller, down to none at all; if
 //! many were, larger again. A vCPU that has no windows any more tries one after a while.
 //!
+//! A look costs something, too, where there is nothing to be found: in memory that is new to the host, no page that faults is
+//! mapped there yet ([`Vm::worth_a_look`]), nor are its neighbours. After a few looks in vain most faults do without.
+//!
 //! All of that is bookkeeping without order between threads: a lost update makes a window smaller or larger than it would
 //! have been.
 
@@ -41,6 +44,10 @@ const RETRY: u32 = 64;
 const ENOUGH: u64 = 16;
 /// One in so many is a reason for larger windows.
 const PLENTY: u64 = 4;
+/// So often in a row it was no use to look at the host's page table.
+const USELESS: u32 = 4;
+/// Then only one fault in so many looks.
+const AGAIN: u32 = 16;
 
 /// What a vCPU has learnt. On a cache line of its own.
 #[repr(align(64))]
@@ -56,6 +63,42 @@ struct State {
     /// What had been found by aging and zapping at the last look.
     seen_used: AtomicU64,
     seen_unused: AtomicU64,
+    /// Looks in which the page that faulted was not there.
+    absent: Vain,
+    /// Windows in which there was nothing to map.
+    empty: Vain,
+}
+
+/// How often in a row something was in vain, and since when it is not done each time.
+struct Vain(AtomicU32);
+
+impl Vain {
+    const fn new() -> Vain {
+        Vain(AtomicU32::new(0))
+    }
+
+    /// Whether to try this time.
+    #[inline]
+    fn worth_it(&self) -> bool {
+        let count = self.0.load(Relaxed);
+        if count < USELESS {
+            return true;
+        }
+        let due = count.wrapping_add(1) >= USELESS.wrapping_add(AGAIN);
+        let next = if due { USELESS } else { count.wrapping_add(1) };
+        self.0.store(next, Relaxed);
+        due
+    }
+
+    #[inline]
+    fn tried(&self, in_vain: bool) {
+        let count = self.0.load(Relaxed);
+        if !in_vain && count != 0 {
+            self.0.store(0, Relaxed);
+        } else if in_vain && count < USELESS {
+            self.0.store(count.wrapping_add(1), Relaxed);
+        }
+    }
 }
 
 impl State {
@@ -68,6 +111,8 @@ impl State {
             sample_left: AtomicU32::new(0),
             seen_used: AtomicU64::new(0),
             seen_unused: AtomicU64::new(0),
+            absent: Vain::new(),
+            empty: Vain::new(),
         }
     }
 
@@ -230,6 +275,7 @@ impl AroundPages for Window<'_> {
 
     #[inline]
     fn mapped(&mut self, pages: u64) {
+        self.state.empty.tried(pages == 0);
         if pages == 0 {
             return;
         }
@@ -265,7 +311,7 @@ impl Vm {
             left => state.sample_left.store(left.wrapping_sub(1), Relaxed),
         }
         let pages = u64::from(state.next(limit));
-        if pages == 1 {
+        if pages == 1 || !state.empty.worth_it() {
             return alone;
         }
         let start = Gfn(gfn.0 & !pages.wrapping_sub(1));
@@ -291,6 +337,24 @@ impl Vm {
             unused.saturating_add(found_unused),
             limit,
         );
+    }
+
+    /// Whether the host is likely to have mapped a page that faults; asked before each look.
+    #[inline]
+    pub(super) fn worth_a_look(&self, vcpu: &Vcpu) -> bool {
+        self.around.state(vcpu).absent.worth_it()
+    }
+
+    /// Whether it had.
+    #[inline]
+    pub(super) fn looked(&self, vcpu: &Vcpu, resident: bool) {
+        self.around.state(vcpu).absent.tried(!resident);
+    }
+
+    /// A window was asked for, and the page that faulted has no neighbours in it.
+    #[inline]
+    pub(super) fn found_alone(&self, vcpu: &Vcpu) {
+        self.around.state(vcpu).empty.tried(true);
     }
 
     /// What was looked at, for the engine to map.

@@ -378,8 +378,10 @@ impl Vm {
         let plain = slot.filter(|slot| !slot.invalid() && !slot.is_apic_access_page());
         let resident =
             |level: &mut Level| plain.and_then(|slot| self.map_resident(vcpu, access, slot, level));
-        if let Some(handled) = resident(level) {
-            return handled;
+        if self.worth_a_look(vcpu) {
+            if let Some(handled) = resident(level) {
+                return handled;
+            }
         }
         match self.back(vcpu, access, slot, 0, ACC_ALL) {
             Ok(Backing::Page { slot, page, seq }) => {
@@ -433,6 +435,7 @@ impl Vm {
             &lock,
             &mut place,
         )?;
+        self.looked(vcpu, host.level.is_some());
         let (host_level, page) = (host.level?, host.page(access.gfn)?);
         let mut fault = Fault {
             slot: Some(slot),
@@ -508,7 +511,12 @@ impl Vm {
                 self.tdp
                     .map_around(&host, lock, root, fault, &mut cache, &mut around)
             }
-            _ => self.tdp.map(&host, lock, root, fault, &mut cache),
+            _ => {
+                if around.is_some_and(HostWindow::is_alone) {
+                    self.found_alone(vcpu);
+                }
+                self.tdp.map(&host, lock, root, fault, &mut cache)
+            }
         }
     }
 
