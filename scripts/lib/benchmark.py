@@ -29,6 +29,8 @@ LINUX_GUEST = {
 }
 
 # Upstream's perf tests: (row, command, what to look for in its output), a pattern a figure. Times are virtual seconds.
+# Of dirty_log_perf_test only what the guest does is of use: while the host works on the log the test's vCPU threads spin,
+# and by the virtual clock, which counts the instructions of all CPUs, what they spin comes in.
 _SECONDS = r"(\d+\.\d+)s"
 UPSTREAM = (
     ("demand_paging_test -b 64M", "/kvm/demand_paging_test -v 1 -b 64M",
@@ -37,10 +39,7 @@ UPSTREAM = (
      (("", rf"Total guest execution time:\s*{_SECONDS}"),)),
     ("dirty_log_perf_test", "/kvm/dirty_log_perf_test -v 1 -b 64M -i 3",
      (("populate", rf"Populate memory time:\s*{_SECONDS}"),
-      ("enable", rf"Enabling dirty logging time:\s*{_SECONDS}"),
-      ("dirty pass", rf"Iteration 2 dirty memory time:\s*{_SECONDS}"),
-      ("clear the log", rf"Iteration 2 clear dirty log time:\s*{_SECONDS}"),
-      ("disable", rf"Disabling dirty logging time:\s*{_SECONDS}"))),
+      ("dirty pass", rf"Iteration 2 dirty memory time:\s*{_SECONDS}"))),
     ("kvm_page_table_test", "/kvm/kvm_page_table_test -v 1 -b 64M -s anonymous",
      (("create", rf"KVM_CREATE_MAPPINGS: total execution time:\s*{_SECONDS}"),
       ("update", rf"KVM_UPDATE_MAPPINGS: total execution time:\s*{_SECONDS}"),

@@ -27,8 +27,8 @@ extern const struct row fault_rows[], dirty_rows[], zap_rows[], snapshot_rows[];
 extern const struct row shadow_rows[];
 #define SHADOW	"npt=0: "
 
-/* arg: write, backing. What one fault costs. */
-void one_fault(const struct row *row);
+/* arg: backing, pattern, one page in so many, write. The guest touches 256M. */
+void populate(const struct row *row);
 
 /* One figure of the row that runs. `what` tells several figures of a row apart; NULL for the only one. */
 void report(const struct row *row, const char *what, const char *unit, double value);

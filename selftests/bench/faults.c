@@ -19,11 +19,11 @@ struct machine {
 	uint64_t size;
 };
 
-static void start(struct machine *machine, enum backing kind, uint64_t size)
+static void start(struct machine *machine, enum backing kind, uint64_t size, bool resident)
 {
 	bench_vm(&machine->vm);
 	machine->size = size;
-	machine->base = backing_map(kind, size, true);
+	machine->base = backing_map(kind, size, resident);
 	must(vm_slot(&machine->vm, 0, VM_TEST_GPA, size, machine->base, 0));
 	machine->vcpu = touch_vcpu(&machine->vm);
 }
@@ -35,10 +35,10 @@ static void stop(struct machine *machine)
 }
 
 /*
- * arg: write, backing. Between two reads of the TSC in the guest: the exit, the fault, the entry; and the access itself
+ * arg: write, backing, not resident: the host has to fault, too. Between two reads of the TSC in the guest: the exit, the fault, the entry; and the access itself
  * with what it takes to read the TSC, which is measured on a page that is mapped, and subtracted.
  */
-void one_fault(const struct row *row)
+static void one_fault(const struct row *row)
 {
 	struct touch order = {
 		.base = VM_TEST_GPA, .pages = 4096, .count = 4096, .write = row->arg[0], .samples = SAMPLES_GPA,
@@ -46,7 +46,7 @@ void one_fault(const struct row *row)
 	struct machine machine;
 	double fault, access;
 
-	start(&machine, row->arg[1], order.pages * PAGE_SIZE);
+	start(&machine, row->arg[1], order.pages * PAGE_SIZE, !row->arg[2]);
 	touch(machine.vcpu, order);
 	fault = samples_median(&machine.vm, order.count);
 	touch(machine.vcpu, order);
@@ -56,7 +56,7 @@ void one_fault(const struct row *row)
 }
 
 /* arg: backing, pattern, one page in so many, write. */
-static void populate(const struct row *row)
+void populate(const struct row *row)
 {
 	uint64_t faults, time;
 	struct touch order = {
@@ -65,7 +65,7 @@ static void populate(const struct row *row)
 	};
 	struct machine machine;
 
-	start(&machine, row->arg[0], SIZE);
+	start(&machine, row->arg[0], SIZE, true);
 	faults = kvm_stat(machine.vcpu->fd, "pf_taken");
 	time = touch(machine.vcpu, order);
 	report(row, NULL, "time", time);
@@ -149,6 +149,7 @@ const struct row fault_rows[] = {
 	{ "4K fault, read", AROUND_OFF, one_fault, { 0, ANON } },
 	{ "4K fault, write", AROUND_OFF, one_fault, { 1, ANON } },
 	{ "4K fault, read-only page of a file", AROUND_OFF, one_fault, { 0, FILE_PRIVATE } },
+	{ "4K fault, write, page is new to the host", AROUND_DEFAULT, one_fault, { 1, ANON, 1 } },
 	{ "populate 256M of 4K, no fault-around", AROUND_OFF, populate, { ANON, SEQUENTIAL, 1, 0 } },
 	{ "populate 256M of 4K", AROUND_DEFAULT, populate, { ANON, SEQUENTIAL, 1, 0 } },
 	{ "populate 256M of 4K, file mapped private", AROUND_DEFAULT, populate, { FILE_PRIVATE, SEQUENTIAL, 1, 0 } },

@@ -114,7 +114,7 @@ static void spaces(const struct row *row)
 }
 
 const struct row shadow_rows[] = {
-	{ SHADOW "4K fault, write", AROUND_OFF, one_fault, { 1, ANON } },
+	{ SHADOW "populate 256M of 4K", AROUND_DEFAULT, populate, { ANON, SEQUENTIAL, 1, 0 } },
 	{ SHADOW "switch between 2 address spaces", AROUND_DEFAULT, spaces, { 2, 0, 0 } },
 	{ SHADOW "switch among 8 address spaces, 4 pages written", AROUND_DEFAULT, spaces, { 8, 4, 0 } },
 	{ SHADOW "a page mapped, written, unmapped", AROUND_DEFAULT, spaces, { 1, 1, 1 } },
