@@ -56,13 +56,17 @@ EFFORTS = {
 }
 
 
+def matches(test, pattern):
+    return not pattern or pattern in test.name or fnmatch.fnmatch(test.name, pattern)
+
+
 def select(tests, on_rmmu, effort, pattern, debug):
     """The tests of a list that this run wants."""
     return [test for test in tests
             if (on_rmmu or "rmmu" not in test.tags)
             and EFFORTS[effort](test.tags)
             and (debug or "faults" not in test.tags)
-            and (not pattern or pattern in test.name or fnmatch.fnmatch(test.name, pattern))]
+            and matches(test, pattern)]
 
 
 def run(environment, suite, mode, module, tally, logs, effort="normal", pattern=None):
