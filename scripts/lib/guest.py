@@ -14,6 +14,8 @@ QEMU = "/usr/bin/qemu-system-x86_64"
 FIRMWARE = ("/usr/share/seabios/bios-microvm.bin", "/usr/share/qemu/qboot.rom", "/usr/share/qemu/linuxboot_dma.bin",
             "/usr/share/qemu/pvh.bin")
 INIT = owntests.SOURCE / "guest" / "linux-guest-init"
+# For a guest that runs guests itself. Its initramfs is made in the test VM, which has all it takes.
+HYPERVISOR_INIT = owntests.SOURCE / "guest" / "hypervisor-init"
 
 
 def files(environment):
@@ -22,6 +24,7 @@ def files(environment):
         *((path, _in_root(environment, path)) for path in [QEMU, *_libraries(environment), *FIRMWARE]),
         ("/guest/vmlinuz", environment.kernel.vmlinuz),
         ("/guest/initrd", _initrd(environment)),
+        ("/guest/hypervisor-init", HYPERVISOR_INIT),
     ]
 
 
