@@ -168,7 +168,6 @@ impl Vm {
             return EIO.to_errno();
         };
         let access = Access::new(gpa, error_code, false);
-        let emulate = |kind: u32| vcpu.emulate(gpa, kind as i32, insn, len);
         if access.has(pferr::RSVD) {
             match self.mmio_fault(vcpu, &access) {
                 Some(Handled::Retry) => {
@@ -178,13 +177,20 @@ impl Vm {
                 // KVM does not count a known MMIO access as an emulated fault.
                 Some(_) => {
                     bump(&self.faults.mmio);
-                    return emulate(EMULTYPE_PF);
+                    return vcpu.emulate(gpa, EMULTYPE_PF as i32, insn, len);
                 }
                 None => {}
             }
         }
+        self.memory_fault(vcpu, &access, insn, len)
+    }
+
+    /// A fault that is not a known MMIO access. On its own: the way to a device saves and restores less.
+    #[inline(never)]
+    fn memory_fault(&self, vcpu: &Vcpu, access: &Access, insn: *mut c_void, len: i32) -> i32 {
+        let emulate = |kind: u32| vcpu.emulate(access.address, kind as i32, insn, len);
         vcpu.count(FaultStat::Taken);
-        let mut handled = match self.handle(vcpu, &access, &mut Level::L4K.clone()) {
+        let mut handled = match self.handle(vcpu, access, &mut Level::L4K.clone()) {
             Ok(handled) => handled,
             Err(error) => {
                 bump(&self.faults.error);
@@ -196,7 +202,7 @@ impl Vm {
             if own_table {
                 emulation |= EMULTYPE_WRITE_PF_TO_SP;
             }
-            handled = match self.write_protected(vcpu, &access) {
+            handled = match self.write_protected(vcpu, access) {
                 AfterProtection::Retry => Handled::Retry,
                 AfterProtection::Emulate { may_retry } => {
                     if may_retry {

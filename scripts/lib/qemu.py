@@ -41,9 +41,15 @@ class Options:
         return not self.icount
 
     @property
+    def cpu_list(self):
+        """The CPUs that tests run on."""
+        first = int(self.spare_cpu)
+        return list(range(first, first + self.smp))
+
+    @property
     def cpus(self):
-        """The CPUs that tests run on, as a list for taskset."""
-        return f"1-{self.smp}" if self.spare_cpu else f"0-{self.smp - 1}"
+        """The same for taskset."""
+        return f"{self.cpu_list[0]}-{self.cpu_list[-1]}"
 
 
 # Each instruction takes this long by the clock of a machine with icount.
