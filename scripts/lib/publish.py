@@ -26,8 +26,8 @@ MAIN_ROWS = {
     "snapshot, 1/4 at random: reads": "restored snapshot: reads of a quarter, at random",
     "dirty log of 64M of 4K: write all pages": "dirty log: guest writes 64M again",
     "unmap 1G of 4K": "the host takes 1G of 4K pages away",
-    "Linux guest: boot": "a Linux guest boots",
-    "npt=0: Linux guest: 200 times fork and exec": "200 processes in a Linux guest, shadow paging",
+    "4K fault, write, page is new to the host": "one 4K fault, page is new to the host",
+    "npt=0: switch among 8 address spaces, 4 pages written": "shadow paging: guest switches CR3, writes 4 pages",
     "4K fault of a VM that is not owned": "one 4K fault of a VM of in-tree KVM, rmmu loaded",
 }
 
