@@ -14,6 +14,9 @@
 #define TRACING	"/sys/kernel/tracing/"
 /* Of a CPU's buffer. */
 #define BUFFER_KIB "65536"
+/* What is allowed in an entry: all but the frame, and the accessed bit, which the host may clear whenever it likes (DAMON
+ * does, in kernels that watch their memory from the start). */
+#define COMPARED (0xfff0000000000fffUL & ~(1UL << 5))
 
 static void put(const char *path, const char *value)
 {
@@ -94,8 +97,7 @@ static char *normal(char *line, int pid)
 		else if (!one_of(before, entries))
 			len += sprintf(out + len, "%s ", word);
 		else if (spte & 1)
-			/* The bits that say what is allowed, not the frame. */
-			len += sprintf(out + len, "%lx ", spte & 0xfff0000000000fffUL);
+			len += sprintf(out + len, "%lx ", spte & COMPARED);
 		else
 			/* Frozen, or an MMIO entry, which has the generation in it. */
 			len += sprintf(out + len, "%s ", spte ? "?" : "0");
