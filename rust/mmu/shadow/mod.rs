@@ -85,7 +85,7 @@ pub use split::SplitError;
 pub use unsync::WriteProtect;
 
 use crate::mmu::sync::{
-    atomic::{AtomicPtr, AtomicU64, AtomicU8, Ordering},
+    atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicU8, Ordering},
     Flush, MmuLocked, MmuWrite,
 };
 use core::{cell::Cell, ptr, ptr::NonNull};
@@ -107,6 +107,8 @@ pub struct Shadow {
     /// Pages of another generation are obsolete. Two are enough: pages of the last
     /// one are gone before it is changed again.
     generation: AtomicU8,
+    /// Pages are being brought up to date whose marks are gone already.
+    syncing: AtomicBool,
 }
 
 impl Shadow {
@@ -121,6 +123,7 @@ impl Shadow {
             max_pages: AtomicU64::new(max_pages),
             indirect: AtomicU64::new(0),
             generation: AtomicU8::new(0),
+            syncing: AtomicBool::new(false),
         }
     }
 

@@ -242,7 +242,7 @@ impl Page {
             word.set(word.get() & !bit);
             let before = self.unsync_children.load(Ordering::Relaxed);
             self.unsync_children
-                .store(before.wrapping_sub(1), Ordering::Relaxed);
+                .store(before.wrapping_sub(1), Ordering::Release);
         }
     }
 
@@ -403,7 +403,8 @@ impl PagePtr {
                 &*ptr::addr_of!((*self.0.as_ptr()).unsync_children),
             )
         };
-        this.load(Ordering::Relaxed) || below.load(Ordering::Relaxed) != 0
+        // Whoever sees that a mark is gone sees that a sync is under way, too.
+        this.load(Ordering::Acquire) || below.load(Ordering::Acquire) != 0
     }
 
     /// See [`Page::clear_writes`]; without a lock, under RCU.

@@ -96,11 +96,14 @@ impl Shadow {
 
     /// The root, or a page below, must be brought up to date before it is used
     /// after a flush of the guest. Without a lock; the caller holds a reference.
+    ///
+    /// Also true while another vCPU brings pages up to date, of whatever root: the
+    /// marks go first. Whoever takes the lock then waits until it is done.
     pub fn is_unsync(&self, root: PagePtr) -> bool {
         // What the guest wrote before it flushed went through a writable entry,
         // which was installed after the marks.
         fence(Ordering::Acquire);
-        root.any_unsync()
+        root.any_unsync() || self.syncing.load(Ordering::Acquire)
     }
 
     /// The role of a root. Without a lock; the caller holds a reference.

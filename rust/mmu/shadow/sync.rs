@@ -18,7 +18,7 @@ use super::{
 };
 use crate::mmu::{
     spte::Spte,
-    sync::{MmuLocked, MmuWrite},
+    sync::{atomic::Ordering, MmuLocked, MmuWrite},
     table::ENTRIES,
     types::{Level, PAGE_SHIFT},
 };
@@ -89,6 +89,7 @@ impl<'l, H: ShadowHost> Op<'l, H> {
     ) -> Result<(), Interrupted> {
         loop {
             let mut unsynced = Unsynced::new();
+            self.shadow.syncing.store(true, Ordering::Relaxed);
             let all = self.collect_unsync(parent, &mut unsynced);
             // First the protection, then the look at the tables: what is written in
             // between faults.
@@ -111,6 +112,7 @@ impl<'l, H: ShadowHost> Op<'l, H> {
                     }
                 }
             }
+            self.shadow.syncing.store(false, Ordering::Release);
             if all.is_ok() {
                 return Ok(());
             }

@@ -407,10 +407,13 @@ impl WithGuest for Sync {
     type Output = ();
 
     fn run<G: GuestTables>(self, vm: &Vm, guest: &G) {
+        let unsync = vm.shadow.is_unsync(self.root).then_some(self.root);
+        vm.ram.syncing.set(unsync);
         vm.machine.write(|lock| {
             vm.shadow
                 .sync_root(&vm.machine, lock, &mut vm.acting(), guest, self.root);
         });
+        vm.ram.syncing.set(None);
     }
 }
 

@@ -5,7 +5,7 @@
 use rmmu_engine::mmu::{
     shadow::{
         guest::{Exchange, GuestMemory, Width, GROUP},
-        Shadow,
+        PagePtr, Shadow,
     },
     Gfn, Host, Pfn,
 };
@@ -34,6 +34,8 @@ pub struct Ram {
     pub written: RefCell<BTreeSet<u64>>,
     /// Something in memory changed since this was last cleared.
     pub changed: Cell<bool>,
+    /// The root that a vCPU brings up to date now, which was unsync.
+    pub syncing: Cell<Option<PagePtr>>,
 }
 
 impl Ram {
@@ -47,6 +49,7 @@ impl Ram {
             huge: RefCell::default(),
             written: RefCell::default(),
             changed: Cell::new(false),
+            syncing: Cell::new(None),
         };
         for gfn in 0..frames {
             ram.back(Gfn(gfn), true);
@@ -198,6 +201,13 @@ impl GuestMemory for Seen<'_> {
     fn read_now(&self, gpa: u64, width: Width) -> Option<u64> {
         self.page(Gfn(gpa >> 12))?;
         self.assert_settled(gpa);
+        if let Some(root) = self.ram.syncing.get() {
+            // A vCPU that asks now, without the lock, must not believe that all is done.
+            assert!(
+                self.shadow.is_unsync(root),
+                "a root is unsync until its sync ends"
+            );
+        }
         Some(self.ram.load(gpa, width))
     }
 
