@@ -183,47 +183,9 @@ bool rmmu_slot_is_apic_access(const struct kvm_memory_slot *slot)
 	return slot->id == APIC_ACCESS_PAGE_PRIVATE_MEMSLOT;
 }
 
-
 bool rmmu_slot_lpage_disallowed(const struct kvm_memory_slot *slot, gfn_t gfn, int level)
 {
 	return slot->arch.lpage_info[level - 2][gfn_to_index(gfn, slot->base_gfn, level)].disallow_lpage;
-}
-
-/*
- * The level at which the host maps @gfn now. Interrupts are off so that the host's tables cannot be freed under the walk; the
- * answer can be stale as soon as it is given, and the caller holds mmu_lock and checks for an invalidation.
- */
-int rmmu_host_mapping_level(struct kvm *kvm, const struct kvm_memory_slot *slot, gfn_t gfn)
-{
-	unsigned long hva = __gfn_to_hva_memslot(slot, gfn);
-	int level = PG_LEVEL_4K;
-	unsigned long flags;
-	pgd_t pgd;
-	p4d_t p4d;
-	pud_t pud;
-	pmd_t pmd;
-
-	local_irq_save(flags);
-	/* Each entry is read once: it may change between a test and a use. */
-	pgd = READ_ONCE(*pgd_offset(kvm->mm, hva));
-	if (pgd_none(pgd))
-		goto done;
-	p4d = READ_ONCE(*p4d_offset(&pgd, hva));
-	if (p4d_none(p4d) || !p4d_present(p4d))
-		goto done;
-	pud = READ_ONCE(*pud_offset(&p4d, hva));
-	if (pud_none(pud) || !pud_present(pud))
-		goto done;
-	if (pud_leaf(pud)) {
-		level = PG_LEVEL_1G;
-		goto done;
-	}
-	pmd = READ_ONCE(*pmd_offset(&pud, hva));
-	if (!pmd_none(pmd) && pmd_present(pmd) && pmd_leaf(pmd))
-		level = PG_LEVEL_2M;
-done:
-	local_irq_restore(flags);
-	return level;
 }
 
 bool rmmu_manual_protect_init_set(struct kvm *kvm) { return kvm_dirty_log_manual_protect_and_init_set(kvm); }

@@ -101,13 +101,13 @@ struct rmmu_host_window {
 	unsigned int first, end;
 };
 
+int rmmu_host_mapping_level(struct kvm *kvm, const struct kvm_memory_slot *slot, gfn_t gfn);
 int rmmu_host_window(struct kvm *kvm, const struct kvm_memory_slot *slot, gfn_t gfn, unsigned int at, unsigned int pages,
 		     bool write, struct rmmu_host_window *window);
 
 /* Memory slots */
 bool rmmu_slot_is_apic_access(const struct kvm_memory_slot *slot);
 bool rmmu_slot_lpage_disallowed(const struct kvm_memory_slot *slot, gfn_t gfn, int level);
-int rmmu_host_mapping_level(struct kvm *kvm, const struct kvm_memory_slot *slot, gfn_t gfn);
 bool rmmu_manual_protect_init_set(struct kvm *kvm);
 bool rmmu_slot_zap_all_quirk(struct kvm *kvm);
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * A look at the host's own page table, for pages that are mapped there already.
+ * A look at the host's own page table: the level at which it maps a page, and pages that are mapped there already.
  *
  * Under mmu_lock, with no invalidation of the frames in progress, what the host's table maps stays mapped: whoever is about
  * to take a page away, or to make it read-only, first tells the mmu notifier, which needs the lock for write. So neither a
@@ -94,6 +94,49 @@ static void rmmu_host_neighbours(pte_t *ptep, unsigned long hva, unsigned int at
 }
 
 /*
+ * Goes down to where the host maps @hva: returns the level, with the entry in @pud or @pmd, or in the table that @pmd leads to.
+ * 0 if there is no such table; there may be no page in it. Interrupts are off.
+ */
+static __always_inline int rmmu_host_walk(struct kvm *kvm, unsigned long hva, pud_t *pud, pmd_t *pmd)
+{
+	/* Each entry is read once: it may change between a test and a use. */
+	pgd_t pgd = READ_ONCE(*pgd_offset(kvm->mm, hva));
+	p4d_t p4d;
+
+	if (pgd_none(pgd))
+		return PG_LEVEL_NONE;
+	p4d = READ_ONCE(*p4d_offset(&pgd, hva));
+	if (p4d_none(p4d) || !p4d_present(p4d))
+		return PG_LEVEL_NONE;
+	*pud = READ_ONCE(*pud_offset(&p4d, hva));
+	if (pud_none(*pud) || !pud_present(*pud))
+		return PG_LEVEL_NONE;
+	if (pud_leaf(*pud))
+		return PG_LEVEL_1G;
+	*pmd = READ_ONCE(*pmd_offset(pud, hva));
+	if (pmd_none(*pmd) || !pmd_present(*pmd))
+		return PG_LEVEL_NONE;
+	return pmd_leaf(*pmd) ? PG_LEVEL_2M : PG_LEVEL_4K;
+}
+
+/*
+ * The level at which the host maps @gfn now; 4K if it does not. The answer can be stale as soon as it is given: the caller
+ * holds mmu_lock and checks for an invalidation.
+ */
+int rmmu_host_mapping_level(struct kvm *kvm, const struct kvm_memory_slot *slot, gfn_t gfn)
+{
+	unsigned long flags;
+	int level;
+	pud_t pud;
+	pmd_t pmd;
+
+	local_irq_save(flags);
+	level = rmmu_host_walk(kvm, __gfn_to_hva_memslot(slot, gfn), &pud, &pmd);
+	local_irq_restore(flags);
+	return max_t(int, level, PG_LEVEL_4K);
+}
+
+/*
  * Looks up the page of @gfn, which is number @at of @pages, for a read or a @write, and its neighbours if the host maps it
  * by 4K. Returns the level at which the host maps it, 0 if it is not there or does not allow that.
  *
@@ -103,48 +146,33 @@ int rmmu_host_window(struct kvm *kvm, const struct kvm_memory_slot *slot, gfn_t 
 		     bool write, struct rmmu_host_window *window)
 {
 	unsigned long hva = __gfn_to_hva_memslot(slot, gfn);
-	int level = PG_LEVEL_NONE;
 	unsigned long flags;
-	pgd_t pgd;
-	p4d_t p4d;
+	u64 page = 0;
+	pte_t *ptep;
 	pud_t pud;
 	pmd_t pmd;
-	pte_t *ptep;
-	u64 page = 0;
+	int level;
 
 	window->first = at;
 	window->end = at + 1;
 	local_irq_save(flags);
-	pgd = READ_ONCE(*pgd_offset(kvm->mm, hva));
-	if (pgd_none(pgd))
-		goto done;
-	p4d = READ_ONCE(*p4d_offset(&pgd, hva));
-	if (p4d_none(p4d) || !p4d_present(p4d))
-		goto done;
-	pud = READ_ONCE(*pud_offset(&p4d, hva));
-	if (pud_none(pud) || !pud_present(pud))
-		goto done;
-	if (pud_leaf(pud)) {
-		level = PG_LEVEL_1G;
+	level = rmmu_host_walk(kvm, hva, &pud, &pmd);
+	switch (level) {
+	case PG_LEVEL_1G:
 		page = rmmu_host_page(pud_pfn(pud) + ((hva & ~PUD_MASK) >> PAGE_SHIFT), pud_access_permitted(pud, false),
 				      pud_access_permitted(pud, true), pud_dirty(pud), pud_special(pud));
-		goto done;
-	}
-	pmd = READ_ONCE(*pmd_offset(&pud, hva));
-	if (pmd_none(pmd) || !pmd_present(pmd))
-		goto done;
-	if (pmd_leaf(pmd)) {
-		level = PG_LEVEL_2M;
+		break;
+	case PG_LEVEL_2M:
 		page = rmmu_host_page(pmd_pfn(pmd) + ((hva & ~PMD_MASK) >> PAGE_SHIFT), pmd_access_permitted(pmd, false),
 				      pmd_access_permitted(pmd, true), pmd_dirty(pmd), pmd_special(pmd));
-		goto done;
+		break;
+	case PG_LEVEL_4K:
+		ptep = pte_offset_kernel(&pmd, hva);
+		page = rmmu_host_pte(ptep);
+		if (pages > 1 && page && (!write || page & RMMU_HOST_WRITABLE))
+			rmmu_host_neighbours(ptep, hva, at, pages, window);
+		break;
 	}
-	level = PG_LEVEL_4K;
-	ptep = pte_offset_kernel(&pmd, hva);
-	page = rmmu_host_pte(ptep);
-	if (pages > 1 && page && (!write || page & RMMU_HOST_WRITABLE))
-		rmmu_host_neighbours(ptep, hva, at, pages, window);
-done:
 	local_irq_restore(flags);
 	window->pages[at] = page;
 	return page && (!write || page & RMMU_HOST_WRITABLE) ? level : PG_LEVEL_NONE;
