@@ -1,12 +1,13 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-2.0
 # The benchmark's rows of a Linux guest: boots it on in-tree KVM and on rmmu, and has it make processes. Prints lines
-# "WHO KEY VALUE"; times are the guest's own, in seconds. The guest has one CPU: two do not take the same turns twice.
+# "WHO KEY VALUE"; times are the guest's own, in nanoseconds. The guest has one CPU: two do not take the same turns twice.
+# Nor does it lay out itself and its processes anew each time.
 
 . /selftests/lib/rmmu.sh
 . /selftests/lib/guest.sh
 GUEST_CPUS=1
-GUEST_CMDLINE=rmmu.forks=${FORKS:-200}
+GUEST_CMDLINE="nokaslr norandmaps rmmu.forks=${FORKS:-200}"
 
 play() {
 	who=$1

@@ -1,10 +1,18 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-2.0
-# A file system on a RAM disk, on /mnt: the memory files of the benchmark are to be in the page cache of a real file
-# system.
+# Makes the test VM ready for the benchmark. A file system on a RAM disk, on /mnt: memory files are to be in the page cache
+# of a real file system. And quiet: what the kernel does now and then of its own accord would be counted with what is
+# measured.
 
 set -e
 modprobe brd rd_nr=1 rd_size=400000
 modprobe ext4
 mke2fs /dev/ram0 > /dev/null
-mount -t ext4 /dev/ram0 /mnt
+mount -t ext4 -o noatime /dev/ram0 /mnt
+
+# A scan by khugepaged, every ten seconds, is worth half a million instructions.
+echo 4000000000 > /sys/kernel/mm/transparent_hugepage/khugepaged/scan_sleep_millisecs
+echo 0 > /proc/sys/vm/dirty_writeback_centisecs
+echo 0 > /proc/sys/vm/compaction_proactiveness
+echo 3600 > /proc/sys/vm/stat_interval
+echo 0 > /proc/sys/kernel/watchdog
