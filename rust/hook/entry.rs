@@ -25,12 +25,9 @@ use core::ffi::{c_char, c_int, c_long, c_ulong, c_void};
 unsafe fn owned<'a>(kvm: *mut kvm) -> (&'a Kvm, Option<&'a Vm>) {
     // SAFETY: the caller's promise.
     let kvm = unsafe { Kvm::from_raw(kvm) };
-    // SAFETY: our data lives from creation of the VM until its last entry point, kvm_mmu_uninit_vm(), is done.
-    (
-        kvm,
-        kvm.owner_data()
-            .and_then(|data| unsafe { data.cast::<Vm>().as_ref() }),
-    )
+    // SAFETY: the stub has seen the mark, and our data lives from creation of the VM until its last entry point,
+    // kvm_mmu_uninit_vm(), is done.
+    (kvm, unsafe { kvm.data_of_owned().cast::<Vm>().as_ref() })
 }
 
 /// Defines handlers of functions whose first argument is a VM.

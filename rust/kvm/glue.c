@@ -121,7 +121,14 @@ bool rmmu_invalidate_retry_unsafe(struct kvm *kvm, unsigned long seq, gfn_t gfn)
 
 u64 rmmu_memslots_generation(struct kvm_vcpu *vcpu) { return kvm_vcpu_memslots(vcpu)->generation; }
 unsigned int rmmu_nr_address_spaces(struct kvm *kvm) { return kvm_arch_nr_memslot_as_ids(kvm); }
-bool rmmu_mmio_cached(struct kvm_vcpu *vcpu, gpa_t gpa) { return vcpu_match_mmio_gpa(vcpu, gpa); }
+
+/* In one call: every exit for a device asks. What KVM remembers are addresses of the guest, not of its guest. */
+notrace bool rmmu_mmio_cached(struct kvm_vcpu *vcpu, u64 address, bool direct)
+{
+	if (mmu_is_nested(vcpu))
+		return false;
+	return direct ? vcpu_match_mmio_gpa(vcpu, address) : vcpu_match_mmio_gva(vcpu, address);
+}
 
 void rmmu_mmio_cache(struct kvm_vcpu *vcpu, u64 gva, gfn_t gfn, unsigned int access)
 {
@@ -130,7 +137,6 @@ void rmmu_mmio_cache(struct kvm_vcpu *vcpu, u64 gva, gfn_t gfn, unsigned int acc
 
 void rmmu_mmio_forget(struct kvm_vcpu *vcpu) { vcpu_clear_mmio_info(vcpu, MMIO_GVA_ANY); }
 bool rmmu_guest_mode(struct kvm_vcpu *vcpu) { return is_guest_mode(vcpu); }
-bool rmmu_mmu_is_nested(struct kvm_vcpu *vcpu) { return mmu_is_nested(vcpu); }
 void rmmu_signal_exit(struct kvm_vcpu *vcpu) { kvm_handle_signal_exit(vcpu); }
 
 void rmmu_memory_fault_exit(struct kvm_vcpu *vcpu, gfn_t gfn, bool write, bool exec)

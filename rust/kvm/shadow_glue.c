@@ -106,7 +106,6 @@ unsigned long rmmu_rip(struct kvm_vcpu *vcpu)
 }
 
 bool rmmu_event_needs_reinjection(struct kvm_vcpu *vcpu) { return kvm_event_needs_reinjection(vcpu); }
-bool rmmu_mmio_cached_gva(struct kvm_vcpu *vcpu, u64 gva) { return vcpu_match_mmio_gva(vcpu, gva); }
 void rmmu_mmio_forget_gva(struct kvm_vcpu *vcpu, u64 gva) { vcpu_clear_mmio_info(vcpu, gva); }
 void rmmu_request_sync(struct kvm_vcpu *vcpu) { kvm_make_request(KVM_REQ_MMU_SYNC, vcpu); }
 void rmmu_request_flush(struct kvm_vcpu *vcpu) { kvm_make_request(KVM_REQ_TLB_FLUSH_CURRENT, vcpu); }

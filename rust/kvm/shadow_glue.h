@@ -25,7 +25,6 @@ int rmmu_cmpxchg_entry(unsigned long hva, unsigned int bytes, u64 old, u64 new);
 /* Faults */
 unsigned long rmmu_rip(struct kvm_vcpu *vcpu);
 bool rmmu_event_needs_reinjection(struct kvm_vcpu *vcpu);
-bool rmmu_mmio_cached_gva(struct kvm_vcpu *vcpu, u64 gva);
 void rmmu_mmio_forget_gva(struct kvm_vcpu *vcpu, u64 gva);
 void rmmu_request_sync(struct kvm_vcpu *vcpu);
 void rmmu_request_flush(struct kvm_vcpu *vcpu);

@@ -392,16 +392,11 @@ impl Vcpu {
         unsafe { bindings::rmmu_memslots_generation(self.as_ptr()) }
     }
 
-    /// Whether `gpa` is the MMIO address that was emulated last.
-    pub fn mmio_cached(&self, gpa: u64) -> bool {
+    /// Whether `address` is the MMIO address that was emulated last: of the guest's memory if its tables are not
+    /// shadowed (`direct`), else a virtual one. Never of its own guest's.
+    pub fn mmio_cached(&self, address: u64, direct: bool) -> bool {
         // SAFETY: the vCPU lives; this thread's cache.
-        unsafe { bindings::rmmu_mmio_cached(self.as_ptr(), gpa) }
-    }
-
-    /// Whether the guest virtual address `gva` is the MMIO address that was emulated last.
-    pub fn mmio_cached_gva(&self, gva: u64) -> bool {
-        // SAFETY: as above.
-        unsafe { bindings::rmmu_mmio_cached_gva(self.as_ptr(), gva) }
+        unsafe { bindings::rmmu_mmio_cached(self.as_ptr(), address, direct) }
     }
 
     /// Remembers `gfn` as MMIO, and the guest virtual address it was reached by; 0 if that is not known.
@@ -426,12 +421,6 @@ impl Vcpu {
     pub fn guest_mode(&self) -> bool {
         // SAFETY: the vCPU lives.
         unsafe { bindings::rmmu_guest_mode(self.as_ptr()) }
-    }
-
-    /// Whether the addresses the vCPU translates are a nested guest's.
-    pub fn mmu_is_nested(&self) -> bool {
-        // SAFETY: the vCPU lives.
-        unsafe { bindings::rmmu_mmu_is_nested(self.as_ptr()) }
     }
 
     /// KVM_RUN is to return because of a signal.

@@ -77,6 +77,16 @@ impl Kvm {
         }
     }
 
+    /// Our data of a VM that is ours.
+    ///
+    /// # Safety
+    ///
+    /// The VM has the owner mark.
+    pub unsafe fn data_of_owned(&self) -> *mut c_void {
+        // SAFETY: the VM lives; written only before it got the mark, and after it lost it.
+        unsafe { (*self.as_ptr()).arch.tdp_mmu_roots.prev.cast() }
+    }
+
     /// Marks the VM as ours, and hands our data of it over until [`take_from_owner`](Self::take_from_owner).
     ///
     /// Called while the VM is created and in-tree has initialised its lists: no one else can reach it yet.

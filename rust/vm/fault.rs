@@ -163,37 +163,69 @@ impl Vm {
         insn: *mut c_void,
         len: i32,
     ) -> i32 {
-        let Some(_) = vcpu.mmu().root() else {
-            self.kvm.bug(c"a fault of a vCPU without a root");
-            return EIO.to_errno();
-        };
-        let access = Access::new(gpa, error_code, false);
-        if access.has(pferr::RSVD) {
-            match self.mmio_fault(vcpu, &access) {
-                Some(Handled::Retry) => {
-                    bump(&self.faults.retry);
-                    return ret::RETRY;
-                }
-                // KVM does not count a known MMIO access as an emulated fault.
-                Some(_) => {
-                    bump(&self.faults.mmio);
-                    return vcpu.emulate(gpa, EMULTYPE_PF as i32, insn, len);
-                }
-                None => {}
-            }
+        if vcpu.mmu().root().is_none() {
+            return self.no_root();
         }
-        self.memory_fault(vcpu, &access, insn, len)
+        if error_code & pferr::RSVD != 0 {
+            return Self::reserved_fault(vcpu, gpa, error_code, insn, len, self);
+        }
+        Self::memory_fault(vcpu, gpa, error_code, insn, len, self)
     }
 
-    /// A fault that is not a known MMIO access. On its own: the way to a device saves and restores less.
+    #[cold]
+    fn no_root(&self) -> i32 {
+        self.kvm.bug(c"a fault of a vCPU without a root");
+        EIO.to_errno()
+    }
+
+    /// A fault with reserved bits: an access to a device, most often where the last one was.
+    ///
+    /// This and [`memory_fault`](Self::memory_fault) are functions of their own, and take the VM last, so that neither
+    /// saves what only the other needs, and all other arguments stay in the registers in which KVM passed them.
     #[inline(never)]
-    fn memory_fault(&self, vcpu: &Vcpu, access: &Access, insn: *mut c_void, len: i32) -> i32 {
+    fn reserved_fault(
+        vcpu: &Vcpu,
+        gpa: u64,
+        error_code: u64,
+        insn: *mut c_void,
+        len: i32,
+        vm: &Vm,
+    ) -> i32 {
+        if vcpu.mmio_cached(gpa, vcpu.mmu().direct()) {
+            // KVM does not count a known MMIO access as an emulated fault.
+            bump(&vm.faults.mmio);
+            return vcpu.emulate(gpa, EMULTYPE_PF as i32, insn, len);
+        }
+        match vm.mmio_fault(vcpu, gpa) {
+            Some(Handled::Retry) => {
+                bump(&vm.faults.retry);
+                ret::RETRY
+            }
+            Some(_) => {
+                bump(&vm.faults.mmio);
+                vcpu.emulate(gpa, EMULTYPE_PF as i32, insn, len)
+            }
+            None => Self::memory_fault(vcpu, gpa, error_code, insn, len, vm),
+        }
+    }
+
+    /// A fault that is not a known MMIO access.
+    #[inline(never)]
+    fn memory_fault(
+        vcpu: &Vcpu,
+        gpa: u64,
+        error_code: u64,
+        insn: *mut c_void,
+        len: i32,
+        vm: &Vm,
+    ) -> i32 {
+        let access = &Access::new(gpa, error_code, false);
         let emulate = |kind: u32| vcpu.emulate(access.address, kind as i32, insn, len);
         vcpu.count(FaultStat::Taken);
-        let mut handled = match self.handle(vcpu, access, &mut Level::L4K.clone()) {
+        let mut handled = match vm.handle(vcpu, access, &mut Level::L4K.clone()) {
             Ok(handled) => handled,
             Err(error) => {
-                bump(&self.faults.error);
+                bump(&vm.faults.error);
                 return error.to_errno();
             }
         };
@@ -202,7 +234,7 @@ impl Vm {
             if own_table {
                 emulation |= EMULTYPE_WRITE_PF_TO_SP;
             }
-            handled = match self.write_protected(vcpu, access) {
+            handled = match vm.write_protected(vcpu, access) {
                 AfterProtection::Retry => Handled::Retry,
                 AfterProtection::Emulate { may_retry } => {
                     if may_retry {
@@ -215,36 +247,36 @@ impl Vm {
         match handled {
             Handled::Fixed => {
                 vcpu.count(FaultStat::Fixed);
-                bump(&self.faults.fixed);
+                bump(&vm.faults.fixed);
                 ret::FIXED
             }
             // Counted as fast when it was fixed; KVM counts it as fixed, too.
             Handled::Fast => {
                 vcpu.count(FaultStat::Fixed);
-                bump(&self.faults.fast);
+                bump(&vm.faults.fast);
                 ret::FIXED
             }
             Handled::Spurious => {
                 vcpu.count(FaultStat::Spurious);
-                bump(&self.faults.spurious);
+                bump(&vm.faults.spurious);
                 ret::SPURIOUS
             }
             Handled::Retry => {
-                bump(&self.faults.retry);
+                bump(&vm.faults.retry);
                 ret::RETRY
             }
             Handled::Injected => {
-                bump(&self.faults.guest);
+                bump(&vm.faults.guest);
                 ret::RETRY
             }
             Handled::Mmio => {
                 vcpu.count(FaultStat::Emulate);
-                bump(&self.faults.mmio);
+                bump(&vm.faults.mmio);
                 emulate(emulation)
             }
             Handled::Emulate | Handled::WriteProtected { .. } => {
                 vcpu.count(FaultStat::Emulate);
-                bump(&self.faults.emulate);
+                bump(&vm.faults.emulate);
                 emulate(emulation)
             }
         }
@@ -311,21 +343,12 @@ impl Vm {
         self.try_load(vcpu)
     }
 
-    /// A fault with reserved bits: an MMIO entry. `None` if the entry is stale and the fault is an ordinary one.
-    fn mmio_fault(&self, vcpu: &Vcpu, access: &Access) -> Option<Handled> {
-        let mmu = vcpu.mmu();
-        let direct = mmu.direct();
-        // What is cached are the guest's addresses, not those of its guest.
-        let cached = !vcpu.mmu_is_nested()
-            && if direct {
-                vcpu.mmio_cached(access.address)
-            } else {
-                vcpu.mmio_cached_gva(access.address)
-            };
-        if cached {
-            return Some(Handled::Mmio);
-        }
-        let spte = self.lowest_entry(vcpu, access.address)?;
+    /// A fault with reserved bits, not where the last one was: an MMIO entry. `None` if the entry is stale and the fault
+    /// is an ordinary one.
+    #[inline(never)]
+    fn mmio_fault(&self, vcpu: &Vcpu, address: u64) -> Option<Handled> {
+        let direct = vcpu.mmu().direct();
+        let spte = self.lowest_entry(vcpu, address)?;
         if !spte.is_mmio(&self.format) {
             // Zapped or replaced since.
             return Some(Handled::Retry);
@@ -337,7 +360,7 @@ impl Vm {
         {
             return None;
         }
-        let gva = if direct { 0 } else { access.address };
+        let gva = if direct { 0 } else { address };
         let (gfn, granted) = (spte.mmio_gfn(&self.format), spte.mmio_access(&self.format));
         trace::handle_mmio_page_fault(gva, gfn, granted);
         vcpu.mmio_cache(gva, gfn, granted);
