@@ -7,6 +7,8 @@
 . /selftests/lib/rmmu.sh
 . /selftests/lib/guest.sh
 GUEST_CPUS=1
+# Looking costs instructions, too.
+GUEST_POLL=1000000
 GUEST_CMDLINE="nokaslr norandmaps rmmu.forks=${FORKS:-200}"
 
 play() {

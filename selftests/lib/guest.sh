@@ -21,13 +21,14 @@ guest_start() {
 	guest_pid=$!
 }
 
-# Wait until the console $1 has a line that matches $2; false when the guest ends or time is up.
+# Wait until the console $1 has a line that matches $2; false when the guest ends or time is up. GUEST_POLL: how long
+# between two looks, in microseconds.
 guest_wait() {
-	left=$((GUEST_TIMEOUT * 10))
+	left=$((GUEST_TIMEOUT * 1000000 / ${GUEST_POLL:=100000}))
 	until grep -q "$2" "$1" 2>/dev/null; do
 		left=$((left - 1))
 		[ $left -gt 0 ] && kill -0 "$guest_pid" 2>/dev/null || return 1
-		usleep 100000
+		usleep $GUEST_POLL
 	done
 }
 
