@@ -34,7 +34,6 @@ RMMU_CALL(kvm_prefetch_pages, "int(struct kvm_memory_slot *, gfn_t, struct page 
 RMMU_CALL(kvm_vcpu_read_guest_atomic, "int(struct kvm_vcpu *, gpa_t, void *, long unsigned int)")
 RMMU_CALL(kvm_vcpu_mark_page_dirty, "void(struct kvm_vcpu *, gfn_t)")
 RMMU_CALL(kvm_vcpu_is_visible_gfn, "bool(struct kvm_vcpu *, gfn_t)")
-RMMU_CALL(gfn_to_hva_memslot_prot, "long unsigned int(struct kvm_memory_slot *, gfn_t, bool *)")
 RMMU_CALL(kvm_get_rflags, "long unsigned int(struct kvm_vcpu *)")
 RMMU_CALL(__kvm_inject_emulated_page_fault, "void(struct kvm_vcpu *, struct x86_exception *, bool)")
 RMMU_CALL(kvm_mmu_gva_to_gpa_write, "gpa_t(struct kvm_vcpu *, gva_t, struct x86_exception *)")

@@ -60,11 +60,14 @@ static __always_inline u64 rmmu_host_pte(pte_t *ptep)
 {
 	/* Read once: it may change between a test and a use. */
 	pte_t pte = ptep_get_lockless(ptep);
+	bool can_write;
 
 	if (!pte_present(pte))
 		return 0;
-	return rmmu_host_page(pte_pfn(pte), pte_access_permitted(pte, false), pte_access_permitted(pte, true),
-			      pte_dirty(pte), pte_special(pte));
+	/* Who may write may read, keys included: ask once about most pages. */
+	can_write = pte_access_permitted(pte, true);
+	return rmmu_host_page(pte_pfn(pte), can_write || pte_access_permitted(pte, false), can_write, pte_dirty(pte),
+			      pte_special(pte));
 }
 
 /* Outwards from @at, up to the first page that is not there, and not past the table. */

@@ -59,6 +59,11 @@ impl<'a> WriteGuard<'a> {
     pub fn token(&mut self) -> &mut MmuWrite<'a> {
         &mut self.token
     }
+
+    /// The same for those who do not let go of it.
+    pub fn held(&self) -> &MmuWrite<'a> {
+        &self.token
+    }
 }
 
 impl Drop for WriteGuard<'_> {

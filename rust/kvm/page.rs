@@ -3,10 +3,14 @@
 //! The one central interface to the host's pages: from a frame of a slot to a host frame.
 
 use crate::{
-    kvm::{bindings, calls, lock::ReadGuard, slot::Slot, vcpu::Vcpu, vm::Kvm},
-    mmu::types::{Gfn, GfnRange, Level, Pfn, PAGE_SHIFT},
+    kvm::{bindings, calls, slot::Slot, vcpu::Vcpu, vm::Kvm},
+    mmu::{
+        sync::{MmuLocked, MmuWrite},
+        types::{Gfn, GfnRange, Level, Pfn, PAGE_SHIFT},
+    },
 };
 use core::{
+    marker::PhantomData,
     mem::MaybeUninit,
     ptr::{self, NonNull},
 };
@@ -163,7 +167,7 @@ pub struct HostWindow<'l> {
     read_only: bool,
     /// The level at which the host maps the frame that was asked for; none if it does not, or does not allow the access.
     pub level: Option<Level>,
-    _lock: &'l ReadGuard<'l>,
+    _lock: PhantomData<&'l ()>,
 }
 
 /// Where a look at the host's page table goes. It is large, and not to be copied.
@@ -178,13 +182,13 @@ impl<'l> HostWindow<'l> {
     /// The caller holds `mmu_lock`, and no invalidation of the range is in progress: none can begin until the lock drops,
     /// so what is found here may be mapped as it is. `None` if the range is not one to look at.
     #[inline]
-    pub fn look(
+    pub fn look<L: MmuLocked>(
         kvm: &Kvm,
         slot: &Slot,
         gfn: Gfn,
         range: GfnRange,
         write: bool,
-        lock: &'l ReadGuard<'l>,
+        _lock: &'l L,
         place: &'l mut WindowPlace,
     ) -> Option<Self> {
         let within = slot.range().intersect(range);
@@ -215,7 +219,7 @@ impl<'l> HostWindow<'l> {
             asked: range,
             read_only,
             level: Level::new(level as u8),
-            _lock: lock,
+            _lock: PhantomData,
         })
     }
 
@@ -246,6 +250,66 @@ impl<'l> HostWindow<'l> {
             pfn: Pfn(page >> PAGE_SHIFT),
             writable: page & u64::from(bindings::RMMU_HOST_WRITABLE) != 0 && !self.read_only,
         })
+    }
+}
+
+/// Pages of the host around a frame, for entries that are installed in advance: one look serves them all.
+///
+/// # Invariants
+///
+/// If `found` is not empty, the place has the pages from its start to its end, of those that were asked for from `asked` on.
+pub struct Neighbours {
+    slot: *const Slot,
+    asked: Gfn,
+    found: GfnRange,
+    place: WindowPlace,
+}
+
+impl Neighbours {
+    const NOTHING: GfnRange = GfnRange {
+        start: Gfn(0),
+        end: Gfn(0),
+    };
+
+    /// Nothing is known.
+    pub const fn new() -> Self {
+        Neighbours {
+            slot: ptr::null(),
+            asked: Gfn(0),
+            found: Self::NOTHING,
+            place: HostWindow::PLACE,
+        }
+    }
+
+    /// What was found may be true no more: the lock was dropped since.
+    pub fn forget(&mut self) {
+        self.found = Self::NOTHING;
+    }
+
+    /// Looks at `range`, frames of the slot around `gfn`, as [`HostWindow::look`] does, for pages that can be written.
+    pub fn look(&mut self, kvm: &Kvm, slot: &Slot, gfn: Gfn, range: GfnRange, lock: &MmuWrite<'_>) {
+        let found = HostWindow::look(kvm, slot, gfn, range, true, lock, &mut self.place)
+            .filter(|window| window.level.is_some())
+            .map(|window| window.range());
+        // INVARIANT: what the look found, in the place it was given.
+        self.slot = slot;
+        self.asked = range.start;
+        self.found = found.unwrap_or(Self::NOTHING);
+    }
+
+    /// The host's frame, if it is known and can be written.
+    #[inline]
+    pub fn writable(&self, slot: &Slot, gfn: Gfn) -> Option<Pfn> {
+        if !self.found.contains(gfn) || !ptr::eq(self.slot, slot) {
+            return None;
+        }
+        // SAFETY: the type's invariant. The rest of the place is never read, and is numbers whatever it holds.
+        let window = unsafe { self.place.assume_init_ref() };
+        let page = *window
+            .pages
+            .get(gfn.0.wrapping_sub(self.asked.0) as usize)?;
+        const WANTED: u64 = (bindings::RMMU_HOST_PRESENT | bindings::RMMU_HOST_WRITABLE) as u64;
+        (page & WANTED == WANTED).then_some(Pfn(page >> PAGE_SHIFT))
     }
 }
 

@@ -12,7 +12,7 @@ use crate::{
         types::{Gfn, Level, PAGE_SHIFT},
     },
 };
-use core::ffi::c_void;
+use core::{cell::Cell, ffi::c_void};
 
 /// The format of a guest's page tables.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -94,7 +94,8 @@ impl Vcpu {
         pdptrs
     }
 
-    /// How the guest pages now. May sleep.
+    /// How the guest pages now. May sleep. Inline: what it returns is large, and is to be made where it is used.
+    #[inline(always)]
     pub fn guest_context(&self, paging: GuestPaging) -> Option<GuestContext> {
         let mmu = self.mmu();
         let (base, ext) = (mmu.cpu_role(), mmu.extended_role());
@@ -193,8 +194,29 @@ impl Vcpu {
     }
 }
 
-/// The guest's memory, for walks of its tables.
-pub struct VcpuMemory<'a>(pub &'a Vcpu);
+/// The guest's memory, for walks of its tables, as long as the vCPU's thread stays in a section of SRCU.
+pub struct VcpuMemory<'a> {
+    vcpu: &'a Vcpu,
+    /// The slot that was found last. The section keeps it.
+    last: Cell<*const bindings::kvm_memory_slot>,
+}
+
+impl<'a> VcpuMemory<'a> {
+    /// The memory that the vCPU sees.
+    pub fn new(vcpu: &'a Vcpu) -> Self {
+        VcpuMemory {
+            vcpu,
+            last: Cell::new(core::ptr::null()),
+        }
+    }
+
+    /// The address of a guest physical address that an entry is at.
+    #[inline]
+    fn entry_at(&self, gpa: u64) -> Option<usize> {
+        let page = self.page(Gfn(gpa >> PAGE_SHIFT))?;
+        Some(page.hva | (gpa & ((1 << PAGE_SHIFT) - 1)) as usize)
+    }
+}
 
 /// A page of guest memory, mapped into the process.
 #[derive(Clone, Copy)]
@@ -210,7 +232,14 @@ impl GuestMemory for VcpuMemory<'_> {
     fn page(&self, table: Gfn) -> Option<GuestPage> {
         let mut writable = false;
         // SAFETY: the vCPU's thread is in an SRCU section; the out-pointer is ours.
-        let hva = unsafe { bindings::rmmu_guest_page(self.0.as_ptr(), table.0, &mut writable) };
+        let hva = unsafe {
+            bindings::rmmu_guest_page(
+                self.vcpu.as_ptr(),
+                self.last.as_ptr(),
+                table.0,
+                &mut writable,
+            )
+        };
         (hva != 0).then_some(GuestPage {
             hva: hva as usize,
             gfn: table,
@@ -255,7 +284,7 @@ impl GuestMemory for VcpuMemory<'_> {
         match result {
             0 => {
                 // SAFETY: the vCPU's thread is in an SRCU section.
-                unsafe { calls::kvm_vcpu_mark_page_dirty(self.0.as_ptr(), page.gfn.0) };
+                unsafe { calls::kvm_vcpu_mark_page_dirty(self.vcpu.as_ptr(), page.gfn.0) };
                 Exchange::Done
             }
             1 => Exchange::Changed,
@@ -264,44 +293,31 @@ impl GuestMemory for VcpuMemory<'_> {
     }
 
     fn read_now(&self, gpa: u64, width: Width) -> Option<u64> {
-        let mut entry = [0; 8];
-        let read = match width {
-            Width::Four => self.0.read_now(gpa, entry.first_chunk_mut::<4>()?),
-            Width::Eight => self.0.read_now(gpa, &mut entry),
-        };
-        read.then_some(u64::from_le_bytes(entry))
+        let hva = self.entry_at(gpa)?;
+        let mut entry = 0;
+        // SAFETY: an access to user memory that is checked and does not sleep.
+        let read = unsafe { bindings::rmmu_read_entry_now(hva, width.bytes().into(), &mut entry) };
+        read.then_some(entry)
     }
 
     fn read_group_now(&self, gpa: u64, width: Width, group: &mut [u64; GROUP_ENTRIES]) -> bool {
-        match width {
-            Width::Eight => {
-                // The copy moves words, which are aligned, so each entry is read whole.
-                let raw = group.as_mut_ptr().cast::<u8>();
-                // SAFETY: the group is that many bytes, and any bytes are integers.
-                let raw =
-                    unsafe { core::slice::from_raw_parts_mut(raw, core::mem::size_of_val(group)) };
-                self.0.read_now(gpa, raw)
-            }
-            Width::Four => {
-                let mut small = [0u32; GROUP_ENTRIES];
-                let raw = small.as_mut_ptr().cast::<u8>();
-                // SAFETY: as above.
-                let raw =
-                    unsafe { core::slice::from_raw_parts_mut(raw, core::mem::size_of_val(&small)) };
-                if !self.0.read_now(gpa, raw) {
-                    return false;
-                }
-                for (to, from) in group.iter_mut().zip(small) {
-                    *to = from.into();
-                }
-                true
-            }
+        let Some(hva) = self.entry_at(gpa) else {
+            return false;
+        };
+        // SAFETY: as for `read_now`; the group has room for that many entries.
+        unsafe {
+            bindings::rmmu_read_entries_now(
+                hva,
+                width.bytes().into(),
+                GROUP_ENTRIES as u32,
+                group.as_mut_ptr(),
+            )
         }
     }
 
     fn log_dirty(&self, address: u64) -> bool {
         // SAFETY: the vCPU is loaded by this thread.
-        unsafe { bindings::rmmu_log_nested_dirty(self.0.as_ptr(), address) }
+        unsafe { bindings::rmmu_log_nested_dirty(self.vcpu.as_ptr(), address) }
     }
 
     #[inline(always)]

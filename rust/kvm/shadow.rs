@@ -8,7 +8,10 @@
 //! debugfs are right.
 
 use crate::{
-    kvm::{bindings, calls, host::KvmHost, param, slot::Slot, table, trace, vcpu::Vcpu, vm::Kvm},
+    kvm::{
+        bindings, calls, host::KvmHost, page::Neighbours, param, slot::Slot, table, trace,
+        vcpu::Vcpu, vm::Kvm,
+    },
     mmu::{
         shadow::{
             Buckets, Counter, Desc, DescPtr, Maximum, Page, PageEvent, PagePtr, PageRole,
@@ -31,7 +34,7 @@ use kernel::{error::to_result, prelude::*};
 const _: () = assert!(size_of::<Page>() <= offset_of!(bindings::kvm_mmu_page, callback_head));
 const _: () = assert!(size_of::<bindings::kvm_rmap_head>() == size_of::<AtomicU64>());
 
-/// Entries that are prefetched together; also how many pages of the host are held at a time.
+/// Entries that are prefetched together.
 const PREFETCH: usize = 8;
 /// What one fault can need: the entry's own, one for each level's parent, and those of prefetched entries.
 const DESCS: i32 = 1 + 5 + PREFETCH as i32;
@@ -224,6 +227,7 @@ unsafe impl ShadowHost for KvmHost<'_> {
         slot.rmap(gfn, level)
     }
 
+    #[inline]
     fn write_tracked(&self, slot: &Slot, gfn: Gfn) -> bool {
         slot.write_tracked(self.kvm, gfn)
     }
@@ -247,6 +251,7 @@ unsafe impl ShadowHost for KvmHost<'_> {
         }
     }
 
+    #[inline]
     fn dirty_logged(&self, slot: &Slot) -> bool {
         slot.dirty_tracked()
     }
@@ -268,6 +273,7 @@ unsafe impl ShadowHost for KvmHost<'_> {
         self.tdp_enabled
     }
 
+    #[inline]
     fn count(&self, counter: Counter, by: i64) {
         let stats = self.shadow_stats;
         let kvm = self.kvm.as_ptr();
@@ -294,6 +300,7 @@ unsafe impl ShadowHost for KvmHost<'_> {
         trace::page(event);
     }
 
+    #[inline]
     fn maximum(&self, what: Maximum, n: u64) {
         let kvm = self.kvm.as_ptr();
         // SAFETY: fields of the VM's statistics, which live.
@@ -303,7 +310,10 @@ unsafe impl ShadowHost for KvmHost<'_> {
                 Maximum::HashCollisions => addr_of_mut!((*kvm).stat.max_mmu_page_hash_collisions),
             })
         };
-        counter.fetch_max(n, Ordering::Relaxed);
+        // Under mmu_lock, so that nobody else raises it meanwhile.
+        if counter.load(Ordering::Relaxed) < n {
+            counter.store(n, Ordering::Relaxed);
+        }
     }
 }
 
@@ -373,7 +383,9 @@ impl Vcpu {
 /// The vCPU, for the shadow MMU.
 pub struct ShadowCpu<'a> {
     vcpu: &'a Vcpu,
-    /// Pages of the host that are held for entries that are being installed in advance.
+    /// Pages of the host for entries that are installed in advance.
+    neighbours: Neighbours,
+    /// Those among them that a reference is held on.
     held: [*mut bindings::page; PREFETCH],
     held_count: usize,
 }
@@ -383,9 +395,28 @@ impl<'a> ShadowCpu<'a> {
     pub fn new(vcpu: &'a Vcpu) -> Self {
         ShadowCpu {
             vcpu,
+            neighbours: Neighbours::new(),
             held: [core::ptr::null_mut(); PREFETCH],
             held_count: 0,
         }
+    }
+
+    /// Gets references on pages that the host lets us write, of those from `gfn` on; how many.
+    fn hold(&mut self, slot: &Slot, gfn: Gfn, pfns: &mut [Pfn]) -> usize {
+        let wanted = pfns.len().min(PREFETCH);
+        if wanted == 0 {
+            return 0;
+        }
+        // SAFETY: the slot lives, and the array has room for that many pages.
+        let got = unsafe {
+            calls::kvm_prefetch_pages(slot.as_ptr(), gfn.0, self.held.as_mut_ptr(), wanted as i32)
+        };
+        self.held_count = usize::try_from(got).unwrap_or(0).min(wanted);
+        for (pfn, page) in pfns.iter_mut().zip(self.held.iter().take(self.held_count)) {
+            // SAFETY: a page on which we hold a reference.
+            *pfn = Pfn(unsafe { bindings::rmmu_page_to_pfn(*page) });
+        }
+        self.held_count
     }
 }
 
@@ -432,10 +463,12 @@ impl<'k> ShadowVcpu<KvmHost<'k>> for ShadowCpu<'_> {
         slot.filter(|slot| !slot.invalid())
     }
 
-    fn may_prefetch(&self) -> bool {
+    fn may_prefetch(&mut self) -> bool {
+        self.neighbours.forget();
         param::shadow_prefetch() && !self.vcpu.kvm().invalidating_now()
     }
 
+    #[inline]
     fn memtype(&self, gfn: Gfn, host_mmio: bool) -> u64 {
         super::page::memtype(self.vcpu, gfn, host_mmio)
     }
@@ -444,22 +477,35 @@ impl<'k> ShadowVcpu<KvmHost<'k>> for ShadowCpu<'_> {
         self.vcpu.memslots_generation()
     }
 
-    fn prefetch_pages(&mut self, slot: &Slot, gfn: Gfn, pfns: &mut [Pfn]) -> usize {
-        let wanted = pfns.len().min(PREFETCH);
-        // SAFETY: the slot lives, and the array has room for that many pages.
-        let got = unsafe {
-            calls::kvm_prefetch_pages(slot.as_ptr(), gfn.0, self.held.as_mut_ptr(), wanted as i32)
-        };
-        self.held_count = usize::try_from(got).unwrap_or(0).min(wanted);
-        for (pfn, page) in pfns.iter_mut().zip(self.held.iter().take(self.held_count)) {
-            // SAFETY: a page on which we hold a reference.
-            *pfn = Pfn(unsafe { bindings::rmmu_page_to_pfn(*page) });
+    /// The host's page table is looked at, as for the frame that faulted: no page is held, and none marked. Under the lock
+    /// nothing is taken away, since no invalidation is in progress (`may_prefetch`), and a page that the host may write is
+    /// dirty there already. One look covers the aligned group of frames, which most often is that of the guest's entries.
+    ///
+    /// Where that finds nothing the host is asked for a reference: it may have the page, but clean.
+    fn prefetch_pages(
+        &mut self,
+        host: &KvmHost<'k>,
+        lock: &MmuWrite<'_>,
+        slot: &Slot,
+        gfn: Gfn,
+        pfns: &mut [Pfn],
+    ) -> usize {
+        if self.neighbours.writable(slot, gfn).is_none() {
+            let start = Gfn(gfn.0 & !(PREFETCH as u64).wrapping_sub(1));
+            let group = GfnRange::new(start, start.add(PREFETCH as u64));
+            let group = group.intersect(slot.range());
+            self.neighbours.look(host.kvm, slot, gfn, group, lock);
         }
-        self.held_count
-    }
-
-    fn request_sync(&mut self) {
-        self.vcpu.request_sync();
+        let mut known: usize = 0;
+        for (i, pfn) in (0..).zip(pfns.iter_mut()) {
+            let Some(found) = self.neighbours.writable(slot, gfn.add(i)) else {
+                break;
+            };
+            *pfn = found;
+            known = known.wrapping_add(1);
+        }
+        let rest = pfns.get_mut(known..).unwrap_or_default();
+        known.wrapping_add(self.hold(slot, gfn.add(known as u64), rest))
     }
 
     fn release_prefetched(&mut self) {
@@ -468,6 +514,10 @@ impl<'k> ShadowVcpu<KvmHost<'k>> for ShadowCpu<'_> {
             unsafe { calls::kvm_release_page_dirty(*page) }
         }
         self.held_count = 0;
+    }
+
+    fn request_sync(&mut self) {
+        self.vcpu.request_sync();
     }
 }
 

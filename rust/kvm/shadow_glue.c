@@ -57,18 +57,27 @@ bool rmmu_log_nested_dirty(struct kvm_vcpu *vcpu, gpa_t gpa)
 /* The guest's memory */
 
 DECLARE_STATIC_CALL(rmmu_call_kvm_vcpu_gfn_to_memslot, kvm_vcpu_gfn_to_memslot);
-DECLARE_STATIC_CALL(rmmu_call_gfn_to_hva_memslot_prot, gfn_to_hva_memslot_prot);
 
-/* The address of a frame that the guest sees, 0 if there is none. */
-unsigned long rmmu_guest_page(struct kvm_vcpu *vcpu, gfn_t gfn, bool *writable)
+/*
+ * The address of a frame that the guest sees, 0 if there is none.
+ *
+ * @last is the slot that was found last, in the same section of SRCU: the guest's tables are near each other. Who changes
+ * the slots waits for the section before it relies on what the new ones say, and a slot that is in use does not change.
+ */
+unsigned long rmmu_guest_page(struct kvm_vcpu *vcpu, const struct kvm_memory_slot **last, gfn_t gfn, bool *writable)
 {
-	struct kvm_memory_slot *slot = static_call(rmmu_call_kvm_vcpu_gfn_to_memslot)(vcpu, gfn);
-	unsigned long hva;
+	const struct kvm_memory_slot *slot = *last;
 
-	if (!kvm_is_visible_memslot(slot))
-		return 0;
-	hva = static_call(rmmu_call_gfn_to_hva_memslot_prot)(slot, gfn, writable);
-	return kvm_is_error_hva(hva) ? 0 : hva;
+	if (!slot || gfn < slot->base_gfn || gfn >= slot->base_gfn + slot->npages) {
+		struct kvm_memory_slot *found = static_call(rmmu_call_kvm_vcpu_gfn_to_memslot)(vcpu, gfn);
+
+		/* Such a slot is valid, too, so that it has an address. */
+		if (!kvm_is_visible_memslot(found))
+			return 0;
+		*last = slot = found;
+	}
+	*writable = !(slot->flags & KVM_MEM_READONLY);
+	return __gfn_to_hva_memslot(slot, gfn);
 }
 
 bool rmmu_read_entry(unsigned long hva, unsigned int bytes, u64 *entry)
@@ -82,6 +91,46 @@ bool rmmu_read_entry(unsigned long hva, unsigned int bytes, u64 *entry)
 		return true;
 	}
 	return !get_user(*entry, (u64 __user *)hva);
+}
+
+/* The same without sleeping. An entry that is not in memory is not read. */
+bool rmmu_read_entry_now(unsigned long hva, unsigned int bytes, u64 *entry)
+{
+	bool read;
+
+	pagefault_disable();
+	read = rmmu_read_entry(hva, bytes, entry);
+	pagefault_enable();
+	return read;
+}
+
+/* The same for entries side by side, each of which is read whole. */
+bool rmmu_read_entries_now(unsigned long hva, unsigned int bytes, unsigned int count, u64 *entries)
+{
+	u32 __user *small = (u32 __user *)hva;
+	u64 __user *from = (u64 __user *)hva;
+
+	pagefault_disable();
+	if (!user_read_access_begin(from, bytes * count))
+		goto fault;
+	for (unsigned int i = 0; i < count; i++) {
+		u32 value;
+
+		if (bytes == sizeof(u32)) {
+			unsafe_get_user(value, &small[i], efault);
+			entries[i] = value;
+		} else {
+			unsafe_get_user(entries[i], &from[i], efault);
+		}
+	}
+	user_read_access_end();
+	pagefault_enable();
+	return true;
+efault:
+	user_read_access_end();
+fault:
+	pagefault_enable();
+	return false;
 }
 
 /* 0 if exchanged, 1 if another value was there, else an error. */
@@ -179,16 +228,6 @@ const struct kvm_memory_slot *rmmu_next_slot(struct kvm *kvm, bool smm, gfn_t st
 	kvm_for_each_memslot_in_gfn_range(&iter, __kvm_memslots(kvm, smm), start, end)
 		return iter.slot;
 	return NULL;
-}
-
-struct kvm_rmap_head *rmmu_slot_rmap(const struct kvm_memory_slot *slot, gfn_t gfn, int level)
-{
-	struct kvm_rmap_head *heads = slot->arch.rmap[level - PG_LEVEL_4K];
-
-	/* A huge page may begin before the slot does, but then it is not mapped. */
-	if (!heads || gfn < slot->base_gfn || gfn >= slot->base_gfn + slot->npages)
-		return NULL;
-	return &heads[gfn_to_index(gfn, slot->base_gfn, level)];
 }
 
 void rmmu_slot_track_writes(const struct kvm_memory_slot *slot, gfn_t gfn, int count)

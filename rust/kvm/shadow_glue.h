@@ -18,8 +18,10 @@ void rmmu_inject_page_fault(struct kvm_vcpu *vcpu, u64 address, u64 error_code, 
 bool rmmu_log_nested_dirty(struct kvm_vcpu *vcpu, gpa_t gpa);
 
 /* The guest's memory */
-unsigned long rmmu_guest_page(struct kvm_vcpu *vcpu, gfn_t gfn, bool *writable);
+unsigned long rmmu_guest_page(struct kvm_vcpu *vcpu, const struct kvm_memory_slot **last, gfn_t gfn, bool *writable);
 bool rmmu_read_entry(unsigned long hva, unsigned int bytes, u64 *entry);
+bool rmmu_read_entry_now(unsigned long hva, unsigned int bytes, u64 *entry);
+bool rmmu_read_entries_now(unsigned long hva, unsigned int bytes, unsigned int count, u64 *entries);
 int rmmu_cmpxchg_entry(unsigned long hva, unsigned int bytes, u64 old, u64 new);
 
 /* Faults */
@@ -45,7 +47,6 @@ void rmmu_slots_arch_unlock(struct kvm *kvm);
 int rmmu_alloc_slot_metadata(struct kvm *kvm);
 const struct kvm_memory_slot *rmmu_find_slot(struct kvm *kvm, bool smm, gfn_t gfn);
 const struct kvm_memory_slot *rmmu_next_slot(struct kvm *kvm, bool smm, gfn_t start, gfn_t end);
-struct kvm_rmap_head *rmmu_slot_rmap(const struct kvm_memory_slot *slot, gfn_t gfn, int level);
 void rmmu_slot_track_writes(const struct kvm_memory_slot *slot, gfn_t gfn, int count);
 void rmmu_slot_disallow_lpage(const struct kvm_memory_slot *slot, gfn_t gfn, int count);
 bool rmmu_lpage_allowed(struct kvm *kvm, const struct kvm_memory_slot *slot, gfn_t gfn);

@@ -118,14 +118,29 @@ impl Slot {
     }
 
     /// The head of the reverse map of `gfn`, for entries of `level`; none if the slot has no maps, or not this frame.
+    #[inline]
     pub fn rmap(&self, gfn: Gfn, level: Level) -> Option<&AtomicU64> {
-        if level > Level::MAX_HUGE {
+        let range = self.range();
+        // A huge page may begin before the slot does, but then it is not mapped.
+        if !range.contains(gfn) {
             return None;
         }
-        // SAFETY: the slot lives; the frame is checked there.
-        let head = unsafe { bindings::rmmu_slot_rmap(self.as_ptr(), gfn.0, level.get().into()) };
-        // SAFETY: a word that lives as long as the slot, and that KVM reads as an atomic.
-        unsafe { head.cast::<AtomicU64>().as_ref() }
+        // SAFETY: the slot lives. KVM sets the pointers before the first frame is mapped, and never takes them away.
+        let maps = unsafe { &raw const (*self.as_ptr()).arch.rmap };
+        // SAFETY: as above.
+        let maps = unsafe { maps.read_volatile() };
+        let heads = *maps.get(level.slot())?;
+        // As gfn_to_index(): the first head is that of the huge page in which the slot begins.
+        let shift = level.gfn_shift();
+        let index = (gfn.0 >> shift).wrapping_sub(range.start.0 >> shift) as usize;
+        // SAFETY: null, or an array with a head for each page of the level with a frame in the slot; each is a word that lives
+        // as long as the slot, and that KVM reads as an atomic.
+        unsafe {
+            heads
+                .cast::<AtomicU64>()
+                .as_ref()
+                .map(|first| &*core::ptr::from_ref(first).add(index))
+        }
     }
 
     /// Marks `gfn` in the dirty log.

@@ -199,7 +199,7 @@ impl Kvm {
 
     /// Whether any frame of the range is being invalidated. `mmu_lock` is held, so it stays as it is.
     #[inline]
-    pub fn invalidates(&self, _lock: &ReadGuard<'_>, range: GfnRange) -> bool {
+    pub fn invalidates<L: HeldLock>(&self, _lock: &L, range: GfnRange) -> bool {
         self.invalidation_meets(range)
     }
 

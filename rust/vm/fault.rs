@@ -18,7 +18,7 @@ use crate::kvm::bindings::{EMULTYPE_ALLOW_RETRY_PF, EMULTYPE_PF, EMULTYPE_WRITE_
 use crate::{
     kvm::{
         lock::ReadGuard,
-        page::{self, HostPage, HostWindow, Lookup, NoPage},
+        page::{self, HostPage, HostWindow, Lookup, MappedPage, NoPage},
         param,
         shadow::{root_kind, RootKind},
         table, trace,
@@ -118,7 +118,7 @@ pub(super) enum Backing<'s> {
         seq: usize,
     },
     /// Nothing: an MMIO entry is to be installed.
-    Mmio { seq: usize },
+    Mmio,
 }
 
 /// How a fault ended that the TDP MMU has served.
@@ -416,7 +416,7 @@ impl Vm {
             Ok(Backing::Page { slot, page, seq }) => {
                 self.map_page(vcpu, access, slot, page, seq, level)
             }
-            Ok(Backing::Mmio { .. }) => self.map_mmio(vcpu, access),
+            Ok(Backing::Mmio) => self.map_mmio(vcpu, access),
             // Most often by our own doing: the host broke a copy-on-write. Then it has the page mapped now.
             Err(Ok(Handled::Retry)) => resident(level).unwrap_or(Ok(Handled::Retry)),
             Err(handled) => handled,
@@ -444,7 +444,6 @@ impl Vm {
         if self.kvm.invalidating_hint(access.gfn) {
             return Some(Ok(Handled::Retry));
         }
-        let dirty_track = slot.dirty_tracked();
         let lock = self.kvm.read_lock();
         let Some(root) = self.current_root(vcpu) else {
             return Some(Ok(Handled::Retry));
@@ -461,24 +460,12 @@ impl Vm {
             access.gfn,
             range,
             access.write,
-            &lock,
+            lock.held(),
             &mut place,
         )?;
         self.looked(vcpu, host.level.is_some());
         let (host_level, page) = (host.level?, host.page(access.gfn)?);
-        let mut fault = Fault {
-            slot: Some(slot),
-            pfn: page.pfn,
-            map_writable: page.writable,
-            max_level: host_level.min(param::max_huge_level()),
-            dirty_track,
-            memtype: if self.host_mmio_matters {
-                page::memtype(vcpu, access.gfn, false)
-            } else {
-                0
-            },
-            ..self.fault_of(access)
-        };
+        let mut fault = self.fault_of_mapped(vcpu, access, slot, host_level, page);
         self.choose_level_by(&mut fault, |gfn, limit| slot.max_level(gfn, limit));
         let outcome = self.install(vcpu, access, &lock, root, &mut fault, slot, Some(&host));
         *level = fault.goal_level;
@@ -570,7 +557,7 @@ impl Vm {
             if !self.format.mmio_caching || access.gfn > self.format.max_gfn {
                 return Err(Ok(Handled::Mmio));
             }
-            Ok(Backing::Mmio { seq })
+            Ok(Backing::Mmio)
         };
         let Some(slot) = slot else {
             return mmio();
@@ -732,6 +719,31 @@ impl Vm {
         }
     }
 
+    /// A fault at a page that the host has mapped at a level.
+    #[inline(always)]
+    pub(super) fn fault_of_mapped<'s>(
+        &self,
+        vcpu: &Vcpu,
+        access: &Access,
+        slot: &'s Slot,
+        host_level: Level,
+        page: MappedPage,
+    ) -> Fault<'s, Slot> {
+        Fault {
+            slot: Some(slot),
+            pfn: page.pfn,
+            map_writable: page.writable,
+            max_level: host_level.min(param::max_huge_level()),
+            dirty_track: slot.dirty_tracked(),
+            memtype: if self.host_mmio_matters {
+                page::memtype(vcpu, access.gfn, false)
+            } else {
+                0
+            },
+            ..self.fault_of(access)
+        }
+    }
+
     /// The same for memory.
     #[inline]
     fn fault_of<'s>(&self, access: &Access) -> Fault<'s, Slot> {
@@ -788,7 +800,15 @@ impl Vm {
         // The page's neighbours may have come with it, from the host's own fault-around or from whoever fills the memory.
         let mut place = HostWindow::PLACE;
         let host = if range.pages() > 1 && !fault.is_host_mmio && !slot.gmem_only() {
-            HostWindow::look(self.kvm, slot, access.gfn, range, false, &lock, &mut place)
+            HostWindow::look(
+                self.kvm,
+                slot,
+                access.gfn,
+                range,
+                false,
+                lock.held(),
+                &mut place,
+            )
         } else {
             None
         };
@@ -836,7 +856,7 @@ impl Vm {
     }
 
     #[inline]
-    fn choose_level_by(
+    pub(super) fn choose_level_by(
         &self,
         fault: &mut Fault<'_, Slot>,
         allowed: impl FnOnce(Gfn, Level) -> Level,

@@ -104,12 +104,11 @@ impl Vm {
     /// Drops the roots of `set` for which `which` says so.
     pub(super) fn drop_roots(&self, mmu: &Mmu, set: RootSet, which: impl Fn(RootKind) -> bool) {
         let mut shadow: [Option<PagePtr>; SHADOW_ROOTS] = [None; SHADOW_ROOTS];
-        let mut places = shadow.iter_mut();
-        let mut any = false;
+        let mut count: usize = 0;
         let mut collect = |root: Option<PagePtr>| {
-            if let (Some(root), Some(place)) = (root, places.next()) {
-                *place = Some(root);
-                any = true;
+            if let (Some(_), Some(place)) = (root, shadow.get_mut(count)) {
+                *place = root;
+                count = count.wrapping_add(1);
             }
         };
         mmu.take_roots(
@@ -131,9 +130,9 @@ impl Vm {
                 RootKind::Dummy => {}
             },
         );
-        if any {
+        if count != 0 {
             let mut lock = self.kvm.write_lock();
-            let roots = shadow.into_iter().flatten();
+            let roots = shadow.iter().take(count).copied().flatten();
             self.shadow.put_roots(&self.host(), lock.token(), roots);
         }
     }
@@ -145,17 +144,22 @@ impl Vm {
         let mmu = vcpu.mmu();
         let in_use = RootSet::IN_USE;
         // PAE entries and what is above them are one set a context: they cannot be kept.
-        self.drop_roots(mmu, in_use, |root| {
-            matches!(root, RootKind::Special | RootKind::Dummy)
-        });
+        if let Some(RootKind::Special | RootKind::Dummy) = mmu.root().map(root_kind) {
+            self.drop_roots(mmu, in_use, |_| true);
+        }
         let (role, direct) = (mmu.role_word(), mmu.direct());
+        let mut shadow = None;
         let found = mmu.switch_root(|hpa, root_pgd| {
+            shadow = None;
             if !direct && root_pgd != pgd {
                 return false;
             }
             match root_kind(hpa) {
                 RootKind::Tdp(root) => table::role(root).word == role && !table::invalid(root),
-                RootKind::Shadow(root) => root.role().0 == role,
+                RootKind::Shadow(root) => {
+                    shadow = Some(root);
+                    root.role().0 == role
+                }
                 RootKind::Special | RootKind::Dummy => false,
             }
         });
@@ -168,8 +172,9 @@ impl Vm {
             vcpu.request_flush();
         }
         vcpu.mmio_forget();
-        if let Some(RootKind::Shadow(root)) = mmu.root().map(root_kind) {
-            self.note_root_in_use(root);
+        // The last one that was looked at is the one that was found.
+        if let Some(root) = shadow {
+            self.shadow.note_root_in_use(root);
         }
     }
 

@@ -15,11 +15,13 @@
 
 use super::{
     fault::{trace_fast, Access, Backing, Handled},
+    shadow_roots::LoadedRoot,
     Vm,
 };
 use crate::{
     kvm::{
-        page::{HostPage, NO_SLOT},
+        lock::WriteGuard,
+        page::{HostPage, HostWindow, MappedPage, NO_SLOT},
         paging::{GuestPaging, VcpuMemory},
         shadow::{root_kind, RootKind, ShadowCpu},
         trace,
@@ -32,11 +34,11 @@ use crate::{
                 self, ErrorCode, Guest, GuestContext, GuestWalk, Paging32, Paging64, PagingEpt,
                 Stop,
             },
-            NoSpace,
+            NoSpace, PagePtr,
         },
         sync::MmuWrite,
         tdp::{FastOutcome, Fault, Outcome},
-        types::{Level, ACC_WRITE},
+        types::{GfnRange, Level, ACC_WRITE},
     },
 };
 use kernel::prelude::*;
@@ -48,6 +50,7 @@ pub(super) struct Paging {
 }
 
 impl Paging {
+    #[inline(always)]
     pub(super) fn of(vm: &Vm, vcpu: &Vcpu) -> Option<Paging> {
         let kind = vcpu.guest_paging(vm.ept());
         let context = vcpu.guest_context(kind)?;
@@ -59,11 +62,13 @@ impl Paging {
         memory: &VcpuMemory<'_>,
         address: u64,
         kind: ErrorCode,
-    ) -> Result<GuestWalk, Stop> {
+        found: &mut GuestWalk,
+    ) -> Result<(), Stop> {
+        let context = &self.context;
         match self.kind {
-            GuestPaging::Small => guest::walk::<Paging32, _>(memory, &self.context, address, kind),
-            GuestPaging::Long => guest::walk::<Paging64, _>(memory, &self.context, address, kind),
-            GuestPaging::Ept => guest::walk::<PagingEpt, _>(memory, &self.context, address, kind),
+            GuestPaging::Small => guest::walk::<Paging32, _>(memory, context, address, kind, found),
+            GuestPaging::Long => guest::walk::<Paging64, _>(memory, context, address, kind, found),
+            GuestPaging::Ept => guest::walk::<PagingEpt, _>(memory, context, address, kind, found),
         }
     }
 }
@@ -98,9 +103,6 @@ macro_rules! with_guest {
 }
 pub(super) use with_guest;
 
-/// Tables of a guest that has none.
-pub(super) type NoGuest<'a> = Guest<'a, Paging64, VcpuMemory<'a>>;
-
 impl Vm {
     /// The hardware's tables are EPT, and so are those of nested hypervisors.
     pub(super) fn ept(&self) -> bool {
@@ -121,10 +123,11 @@ impl Vm {
         level: &mut Level,
     ) -> Result<Handled> {
         let paging = Paging::of(self, vcpu).ok_or(EIO)?;
-        let memory = VcpuMemory(vcpu);
+        let memory = VcpuMemory::new(vcpu);
         let kind = ErrorCode(access.error_code & !ErrorCode::RSVD.bits());
-        let mut walk = match paging.walk(&memory, access.address, kind) {
-            Ok(walk) => walk,
+        let mut walk = GuestWalk::new();
+        match paging.walk(&memory, access.address, kind, &mut walk) {
+            Ok(()) => {}
             Err(Stop::Fault(fault)) => {
                 if access.prefetch {
                     return Ok(Handled::Retry);
@@ -148,39 +151,28 @@ impl Vm {
         }
         vcpu.topup_shadow_caches(true)?;
         // A nested guest's address is no virtual one, which is seen where it is cached.
-        let backing = self.back(vcpu, access, slot, access.address, walk.access);
-        let (slot, page, seq) = match backing {
-            Ok(Backing::Page { slot, page, seq }) => (Some(slot), Some(page), seq),
-            Ok(Backing::Mmio { seq }) => (None, None, seq),
+        let Ready {
+            mut lock,
+            root,
+            backing,
+        } = match self.ready(vcpu, access, slot, access.address, walk.access) {
+            Ok(ready) => ready,
             Err(handled) => return handled,
         };
+        let mut fault = self.fault_at(vcpu, access, slot, &backing);
+        let (page, host_level_known) = backing.into_page();
+        let root = LoadedRoot::of(vcpu.mmu(), root);
         let mmu = vcpu.mmu();
         let supervisor_write = access.write && access.error_code & ErrorCode::USER.bits() == 0;
         if supervisor_write
             && walk.access & ACC_WRITE == 0
             && !mmu.write_protects_supervisor()
             && paging.kind != GuestPaging::Ept
-            && slot.is_some()
+            && fault.slot.is_some()
         {
             walk.write_without_wp(mmu.smep());
         }
-        let mut fault = self.shadow_fault(vcpu, access, slot, page.as_ref());
         fault.max_level = fault.max_level.min(walk.level);
-
-        let mut lock = self.kvm.write_lock();
-        let root = match self.usable_root(vcpu) {
-            Ok(root) if !page.is_some() || !self.kvm.invalidate_retry(&lock, seq, access.gfn.0) => {
-                root
-            }
-            other => {
-                drop(lock);
-                return self.stale(vcpu, page, other.err());
-            }
-        };
-        if let Err(error) = self.make_pages_available(lock.token()) {
-            drop(lock);
-            return self.give_up(page, Err(error));
-        }
         let mut cpu = ShadowCpu::new(vcpu);
         let host = self.host();
         let (outcome, own_table) = with_guest!(paging, memory, guest => {
@@ -193,7 +185,7 @@ impl Vm {
                 access.address,
                 &walk,
                 &mut fault,
-                |fault| self.adjust(fault, walk.access),
+                |fault| self.adjust(fault, walk.access, host_level_known),
             )
         });
         *level = fault.goal_level;
@@ -217,31 +209,22 @@ impl Vm {
         vcpu.topup_shadow_caches(false)?;
         let gva = if self.tdp_enabled { 0 } else { access.address };
         let all = vcpu.mmu().root_role().map_or(0, |role| role.access);
-        let (slot, page, seq) = match self.back(vcpu, access, slot, gva, all) {
-            Ok(Backing::Page { slot, page, seq }) => (Some(slot), Some(page), seq),
-            Ok(Backing::Mmio { seq }) => (None, None, seq),
+        let Ready {
+            mut lock,
+            root,
+            backing,
+        } = match self.ready(vcpu, access, slot, gva, all) {
+            Ok(ready) => ready,
             Err(handled) => return handled,
         };
-        let mut fault = self.shadow_fault(vcpu, access, slot, page.as_ref());
+        let mut fault = self.fault_at(vcpu, access, slot, &backing);
+        let (page, host_level_known) = backing.into_page();
+        let root = LoadedRoot::of(vcpu.mmu(), root);
         if !self.tdp_enabled {
             // A guest without paging has PAE tables, whose entries map 2 MiB at most.
             fault.max_level = fault.max_level.min(Level::L2M);
         }
-        let mut lock = self.kvm.write_lock();
-        let root = match self.usable_root(vcpu) {
-            Ok(root) if !page.is_some() || !self.kvm.invalidate_retry(&lock, seq, access.gfn.0) => {
-                root
-            }
-            other => {
-                drop(lock);
-                return self.stale(vcpu, page, other.err());
-            }
-        };
-        if let Err(error) = self.make_pages_available(lock.token()) {
-            drop(lock);
-            return self.give_up(page, Err(error));
-        }
-        self.adjust(&mut fault, all);
+        self.adjust(&mut fault, all, host_level_known);
         let mut cpu = ShadowCpu::new(vcpu);
         let outcome = self.shadow.map_direct(
             &self.host(),
@@ -254,11 +237,115 @@ impl Vm {
         self.finish(vcpu, page, outcome, false)
     }
 
+    /// Finds what backs the frame, takes the lock, and makes sure that nothing is stale and that there are pages enough.
+    #[inline]
+    fn ready<'a>(
+        &'a self,
+        vcpu: &Vcpu,
+        access: &Access,
+        slot: Option<&'a Slot>,
+        gva: u64,
+        allowed: u8,
+    ) -> Result<Ready<'a>, Result<Handled>> {
+        // The argument is that of `map_resident()`, which is the same for the TDP MMU, under the lock for read.
+        let plain = slot
+            .filter(|slot| !slot.invalid() && !slot.is_apic_access_page() && !slot.gmem_only())
+            .filter(|_| self.format.ad_enabled && self.worth_a_look(vcpu));
+        let mut ready = match plain.and_then(|slot| self.ready_if_resident(vcpu, access, slot)) {
+            Some(ready) => ready?,
+            None => match self.back(vcpu, access, slot, gva, allowed) {
+                Ok(backing) => self.ready_if_fresh(vcpu, access, backing)?,
+                Err(handled) => return Err(handled),
+            },
+        };
+        if let Err(error) = self.make_pages_available(ready.lock.token()) {
+            drop(ready.lock);
+            return Err(self.give_up(ready.backing.into_page().0, Err(error)));
+        }
+        Ok(ready)
+    }
+
+    /// A fault at a page that the host has mapped; `None` if it has not, or has it in a way that is not for us to judge.
+    fn ready_if_resident<'a>(
+        &'a self,
+        vcpu: &Vcpu,
+        access: &Access,
+        slot: &'a Slot,
+    ) -> Option<Result<Ready<'a>, Result<Handled>>> {
+        // An invalidation needs the lock for write: keep off it.
+        if self.kvm.invalidating_hint(access.gfn) {
+            return Some(Err(Ok(Handled::Retry)));
+        }
+        let lock = self.kvm.write_lock();
+        let root = match self.usable_root(vcpu) {
+            Ok(root) => root,
+            Err(why) => {
+                drop(lock);
+                return Some(Err(self.stale(vcpu, None, Some(why))));
+            }
+        };
+        let alone = GfnRange::new(access.gfn, access.gfn.add(1));
+        if self.kvm.invalidates(&lock, alone) {
+            return Some(Err(Ok(Handled::Retry)));
+        }
+        let mut place = HostWindow::PLACE;
+        let host = HostWindow::look(
+            self.kvm,
+            slot,
+            access.gfn,
+            alone,
+            access.write,
+            lock.held(),
+            &mut place,
+        )?;
+        self.looked(vcpu, host.level.is_some());
+        let backing = ReadyBacking::Resident {
+            level: host.level?,
+            page: host.page(access.gfn)?,
+        };
+        Some(Ok(Ready {
+            lock,
+            root,
+            backing,
+        }))
+    }
+
+    /// A fault at a page that was looked up before, if that is still true.
+    fn ready_if_fresh<'a>(
+        &'a self,
+        vcpu: &Vcpu,
+        access: &Access,
+        backing: Backing<'a>,
+    ) -> Result<Ready<'a>, Result<Handled>> {
+        let (backing, seq) = match backing {
+            Backing::Page { page, seq, .. } => (ReadyBacking::Held(page), Some(seq)),
+            Backing::Mmio => (ReadyBacking::Mmio, None),
+        };
+        let lock = self.kvm.write_lock();
+        let gone = |seq| self.kvm.invalidate_retry(&lock, seq, access.gfn.0);
+        match self.usable_root(vcpu) {
+            Ok(root) if !seq.is_some_and(gone) => Ok(Ready {
+                lock,
+                root,
+                backing,
+            }),
+            other => {
+                drop(lock);
+                Err(self.stale(vcpu, backing.into_page().0, other.err()))
+            }
+        }
+    }
+
     /// Chooses the level, when all tables that are shadowed are accounted for.
-    fn adjust(&self, fault: &mut Fault<'_, Slot>, access: u8) {
+    fn adjust(&self, fault: &mut Fault<'_, Slot>, access: u8, host_level_known: bool) {
         let pfn = match fault.slot {
             Some(slot) => {
-                self.choose_level(slot, fault);
+                // The look at the host's page table has limited the level already.
+                if host_level_known {
+                    self.choose_level_by(fault, |gfn, limit| slot.max_level(gfn, limit));
+                } else {
+                    self.choose_level(slot, fault);
+                }
                 fault.pfn
             }
             None => NO_SLOT,
@@ -291,34 +378,37 @@ impl Vm {
         Some(handled)
     }
 
-    fn shadow_fault<'s>(
+    /// The fault, now that it is known what backs the frame.
+    #[inline(always)]
+    fn fault_at<'s>(
         &self,
         vcpu: &Vcpu,
         access: &Access,
         slot: Option<&'s Slot>,
-        page: Option<&HostPage>,
+        backing: &ReadyBacking,
     ) -> Fault<'s, Slot> {
-        let fault = self.fault_for(vcpu, access);
-        match (slot, page) {
-            (Some(slot), Some(page)) => self.fault_of_page(vcpu, fault, slot, page),
-            _ => fault,
+        match (slot, backing) {
+            (Some(slot), &ReadyBacking::Resident { level, page }) => {
+                self.fault_of_mapped(vcpu, access, slot, level, page)
+            }
+            (Some(slot), ReadyBacking::Held(page)) => {
+                self.fault_of_page(vcpu, self.fault_for(vcpu, access), slot, page)
+            }
+            _ => self.fault_for(vcpu, access),
         }
     }
 
-    /// The vCPU's root, unless it is obsolete, under the lock.
-    fn usable_root(&self, vcpu: &Vcpu) -> Result<super::shadow_roots::LoadedRoot, Unusable> {
-        let mmu = vcpu.mmu();
-        match mmu.root().map(root_kind) {
+    /// The vCPU's root, unless it is obsolete, under the lock: its page, or none if it is no page.
+    fn usable_root(&self, vcpu: &Vcpu) -> Result<Option<PagePtr>, Unusable> {
+        match vcpu.mmu().root().map(root_kind) {
             // The guest's root has become memory since: load it.
             Some(RootKind::Dummy) => Err(Unusable::Dummy),
             // Whether it is obsolete shows only in what the vCPU is asked to do.
             Some(RootKind::Special) if vcpu.free_obsolete_roots_pending() => {
                 Err(Unusable::Obsolete)
             }
-            Some(RootKind::Special) => self.shadow_root(mmu).ok_or(Unusable::Obsolete),
-            Some(root) if !self.is_obsolete(root) => {
-                self.shadow_root(mmu).ok_or(Unusable::Obsolete)
-            }
+            Some(RootKind::Special) => Ok(None),
+            Some(RootKind::Shadow(root)) if !self.shadow.is_obsolete(root) => Ok(Some(root)),
             _ => Err(Unusable::Obsolete),
         }
     }
@@ -405,6 +495,35 @@ impl Vm {
         let access = Access::new(address, error_code, true);
         if let Ok(Handled::Fixed) = self.guest_fault(vcpu, &access, &mut Level::L4K.clone()) {
             vcpu.count(FaultStat::Fixed);
+        }
+    }
+}
+
+/// A fault that can be served: the lock is held, and nothing is stale as long as it is.
+struct Ready<'a> {
+    lock: WriteGuard<'a>,
+    /// The page of the root; none if it has four PAE entries instead.
+    root: Option<PagePtr>,
+    backing: ReadyBacking,
+}
+
+/// What backs the frame.
+enum ReadyBacking {
+    /// A page that the host maps at this level, as long as the lock is held.
+    Resident { level: Level, page: MappedPage },
+    /// A page that a reference is held on.
+    Held(HostPage),
+    /// Nothing.
+    Mmio,
+}
+
+impl ReadyBacking {
+    /// The page that a reference is held on; and whether the level is known at which the host maps the page.
+    fn into_page(self) -> (Option<HostPage>, bool) {
+        match self {
+            ReadyBacking::Resident { .. } => (None, true),
+            ReadyBacking::Held(page) => (Some(page), false),
+            ReadyBacking::Mmio => (None, false),
         }
     }
 }

@@ -17,8 +17,7 @@ use crate::{
         vcpu, Kvm, Mmu, RootSet, Vcpu,
     },
     mmu::{
-        shadow::{guest::Guest, GuestTables, PagePtr, PageRole, Root},
-        sync::MmuWrite,
+        shadow::{guest::Guest, PagePtr, PageRole, Root},
         types::{Gfn, Level, PAGE_SHIFT},
     },
 };
@@ -50,6 +49,19 @@ pub(super) struct LoadedRoot {
 }
 
 impl LoadedRoot {
+    /// The root of a context: its page, or its four PAE entries.
+    #[inline]
+    pub(super) fn of(mmu: &Mmu, page: Option<PagePtr>) -> LoadedRoot {
+        let entries = match page {
+            Some(_) => None,
+            None => mmu.pae_entries(),
+        };
+        LoadedRoot {
+            page,
+            entries: entries.unwrap_or_default(),
+        }
+    }
+
     /// Where walks begin.
     pub(super) fn start(&self) -> Root<'_> {
         match self.page {
@@ -134,9 +146,15 @@ impl Vm {
 
     /// Makes a page the root.
     fn load_page(&self, vcpu: &Vcpu, mmu: &Mmu, role: PageRole, pgd: u64, gfn: Gfn) -> Result {
-        let wanted = [Some((gfn, role)), None, None, None];
-        let [root, ..] = self.alloc_shadow_roots(vcpu, wanted)?;
-        mmu.set_root(root.map(PagePtr::hpa), pgd);
+        let mut cpu = ShadowCpu::new(vcpu);
+        let mut lock = self.kvm.write_lock();
+        let lock = lock.token();
+        self.make_pages_available(lock)?;
+        let root = self
+            .shadow
+            .alloc_root(&self.host(), lock, &mut cpu, gfn, role)
+            .ok_or(ENOMEM)?;
+        mmu.set_root(Some(root.hpa()), pgd);
         Ok(())
     }
 
@@ -157,7 +175,7 @@ impl Vm {
             let (gfn, quadrant) = table?;
             Some((gfn, role.with_quadrant(quadrant)))
         });
-        let roots = self.alloc_shadow_roots(vcpu, wanted)?;
+        let roots = self.alloc_shadow_roots(vcpu, &wanted)?;
         mmu.set_pae_entries(roots.map(|root| root.map_or(0, |root| root.hpa().0 | bits)));
         let root = mmu.link_pae_root(level, bits);
         if root.is_none() {
@@ -169,41 +187,19 @@ impl Vm {
     }
 
     /// Shadow pages for the guest's tables, each with a reference for the caller.
-    fn alloc_shadow_roots(&self, vcpu: &Vcpu, wanted: Wanted) -> Result<Roots> {
+    fn alloc_shadow_roots(&self, vcpu: &Vcpu, wanted: &Wanted) -> Result<Roots> {
         let mut cpu = ShadowCpu::new(vcpu);
-        if PageRole(vcpu.mmu().role_word()).is_direct() {
-            let mut lock = self.kvm.write_lock();
-            return self.alloc_roots::<super::shadow::NoGuest<'_>>(
-                lock.token(),
-                &mut cpu,
-                None,
-                wanted,
-            );
-        }
-        let paging = Paging::of(self, vcpu).ok_or(EIO)?;
-        let memory = VcpuMemory(vcpu);
-        let mut lock = self.kvm.write_lock();
-        with_guest!(paging, memory, guest => {
-            self.alloc_roots(lock.token(), &mut cpu, Some(&guest), wanted)
-        })
-    }
-
-    /// Makes room once for all of them: to exceed the quota by three pages does no harm.
-    fn alloc_roots<G: GuestTables>(
-        &self,
-        lock: &mut MmuWrite<'_>,
-        cpu: &mut ShadowCpu<'_>,
-        guest: Option<&G>,
-        wanted: Wanted,
-    ) -> Result<Roots> {
         let host = self.host();
         let mut roots: Roots = [None; 4];
+        let mut lock = self.kvm.write_lock();
+        let lock = lock.token();
+        // Room once for all of them: to exceed the quota by three pages does no harm.
         self.make_pages_available(lock)?;
         for (root, wanted) in roots.iter_mut().zip(wanted) {
-            let Some((gfn, role)) = wanted else {
+            let Some((gfn, role)) = *wanted else {
                 continue;
             };
-            *root = self.shadow.alloc_root(&host, lock, cpu, guest, gfn, role);
+            *root = self.shadow.alloc_root(&host, lock, &mut cpu, gfn, role);
             if root.is_none() {
                 self.shadow
                     .put_roots(&host, lock, roots.into_iter().flatten());
@@ -238,22 +234,24 @@ impl Vm {
         let Some(root) = self.shadow_root(mmu) else {
             return;
         };
-        let single = [root.page(), None, None, None];
         let pages = match root.page() {
-            Some(_) => single,
+            // Most often.
+            Some(page) if !self.shadow.is_unsync(page) => return,
+            Some(page) => [Some(page), None, None, None],
             None => root.entries.map(pae_root),
         };
-        if !pages
-            .iter()
-            .flatten()
-            .any(|page| self.shadow.is_unsync(*page))
-        {
+        let is_unsync = |page: &PagePtr| self.shadow.is_unsync(*page);
+        if !pages.iter().flatten().any(is_unsync) {
             return;
         }
+        self.sync_pages(vcpu, pages);
+    }
+
+    fn sync_pages(&self, vcpu: &Vcpu, pages: Roots) {
         let Some(paging) = Paging::of(self, vcpu) else {
             return;
         };
-        let memory = VcpuMemory(vcpu);
+        let memory = VcpuMemory::new(vcpu);
         let host = self.host();
         let mut cpu = ShadowCpu::new(vcpu);
         let mut lock = self.kvm.write_lock();
@@ -281,7 +279,7 @@ impl Vm {
         let Some(paging) = Paging::of(self, vcpu) else {
             return;
         };
-        let memory = VcpuMemory(vcpu);
+        let memory = VcpuMemory::new(vcpu);
         let host = self.host();
         let mut cpu = ShadowCpu::new(vcpu);
         let mut invalidate = |root: Root<'_>| {
@@ -300,11 +298,6 @@ impl Vm {
                 invalidate(Root::Page(root));
             }
         }
-    }
-
-    /// The root is used by a new address space: writes to its table no longer count as a flood.
-    pub(super) fn note_root_in_use(&self, root: PagePtr) {
-        self.shadow.clear_flood(&self.host(), Root::Page(root), 0);
     }
 
     /// The guest's memory at `gpa` was written to by emulation; `kvm_mmu_track_write()`.

@@ -9,7 +9,7 @@
 //! protected from writes, or known to be unsync.
 
 use super::{
-    find::{Child, Context, Direct, Indirect},
+    find::{Child, Context, Indirect, NeverUnsync},
     guest::{GuestTables, GuestWalk, GROUP},
     host::{ShadowHost, ShadowVcpu},
     leaf::Leaf,
@@ -48,7 +48,7 @@ impl Shadow {
                 return Outcome::Retry;
             };
             let access = first.page.role().access();
-            let entry = match op.walk_direct(&mut Direct(vcpu), first, addr, access, fault) {
+            let entry = match op.walk_direct(&mut NeverUnsync(vcpu), first, addr, access, fault) {
                 Ok(entry) => entry,
                 Err(outcome) => return outcome,
             };
@@ -189,7 +189,7 @@ impl<'l, H: ShadowHost> Op<'l, H> {
             let guest = path.guest;
             let mut cx = Indirect::new(vcpu, guest);
             let child = self
-                .get_child(&mut cx, entry, table.gfn, false, table.access)
+                .get_child(&mut cx, entry, table.gfn(), false, table.access)
                 .ok_or(Outcome::OutOfMemory)?;
             if let Child::Found(page) = child {
                 // A CPU keeps no entry that is not present, so the guest need not
@@ -215,7 +215,7 @@ impl<'l, H: ShadowHost> Op<'l, H> {
                     page
                 }
             };
-            if write && table.gfn == path.walk.gfn {
+            if write && table.gfn() == path.walk.gfn {
                 path.wrote_own_table = true;
             }
             entry = Entry::at(page, path.addr);

@@ -25,8 +25,8 @@ pub(super) trait Context<H: ShadowHost>: PageSource {
     fn sync(&mut self, op: &Op<'_, H>, page: &Page) -> Result<bool, OutOfSync>;
 }
 
-/// Direct pages only, which are never unsync.
-pub(super) struct Direct<'a, S>(pub(super) &'a mut S);
+/// Direct pages and roots only, which are never unsync.
+pub(super) struct NeverUnsync<'a, S>(pub(super) &'a mut S);
 
 /// Pages that shadow tables of a guest.
 pub(super) struct Indirect<'a, V, G> {
@@ -41,7 +41,7 @@ impl<'a, V, G> Indirect<'a, V, G> {
 }
 
 // SAFETY: It gives what the source it stands for gives.
-unsafe impl<S: PageSource> PageSource for Direct<'_, S> {
+unsafe impl<S: PageSource> PageSource for NeverUnsync<'_, S> {
     #[inline]
     fn take_page(&mut self, translations: bool) -> Option<PagePtr> {
         self.0.take_page(translations)
@@ -53,9 +53,10 @@ unsafe impl<S: PageSource> PageSource for Direct<'_, S> {
     }
 }
 
-impl<H: ShadowHost, S: PageSource> Context<H> for Direct<'_, S> {
+impl<H: ShadowHost, S: PageSource> Context<H> for NeverUnsync<'_, S> {
     fn sync(&mut self, op: &Op<'_, H>, _page: &Page) -> Result<bool, OutOfSync> {
-        op.host.bug("rmmu: a direct page is unsync");
+        op.host
+            .bug("rmmu: a direct page, or one above the last level, is unsync");
         Err(OutOfSync)
     }
 }

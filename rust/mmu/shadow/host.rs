@@ -180,7 +180,8 @@ pub trait ShadowVcpu<H: ShadowHost>: PageSource {
     fn slot<'h>(&self, host: &'h H, gfn: Gfn) -> Option<&'h H::Slot>;
 
     /// Entries may be installed in advance: no host mapping is being invalidated.
-    fn may_prefetch(&self) -> bool;
+    /// Asked before anything is looked up for them, under the same hold of the lock.
+    fn may_prefetch(&mut self) -> bool;
 
     /// Memory type of a leaf, as bits of an entry.
     fn memtype(&self, gfn: Gfn, host_mmio: bool) -> u64;
@@ -189,8 +190,17 @@ pub trait ShadowVcpu<H: ShadowHost>: PageSource {
     fn mmio_generation(&self) -> u64;
 
     /// The host's frames from `gfn` on, those of the front that it maps writable
-    /// already; how many. Does not sleep.
-    fn prefetch_pages(&mut self, slot: &H::Slot, gfn: Gfn, pfns: &mut [Pfn]) -> usize;
+    /// already; how many. Does not sleep. They stay the host's until
+    /// [`release_prefetched`](ShadowVcpu::release_prefetched), which is called once if
+    /// there are any; by the lock, which is held until then, or by references.
+    fn prefetch_pages(
+        &mut self,
+        host: &H,
+        lock: &MmuWrite<'_>,
+        slot: &H::Slot,
+        gfn: Gfn,
+        pfns: &mut [Pfn],
+    ) -> usize;
 
     /// Bringing pages up to date was interrupted: do it before the guest runs.
     fn request_sync(&mut self);

@@ -121,6 +121,7 @@ impl<'l, H: ShadowHost> Op<'l, H> {
         Ok(())
     }
 
+    #[inline]
     fn note_translation(&self, entry: Entry<'l>, gfn: Gfn, access: u8) {
         if !entry.page.set_translation(entry.index, gfn, access) {
             self.host

@@ -81,7 +81,7 @@ impl<'l, H: ShadowHost> Op<'l, H> {
         }
     }
 
-    fn may_prefetch<V: ShadowVcpu<H>>(&self, vcpu: &V, entry: Entry<'l>) -> bool {
+    fn may_prefetch<V: ShadowVcpu<H>>(&self, vcpu: &mut V, entry: Entry<'l>) -> bool {
         entry.level() == Level::L4K && !entry.page.role().is_ad_disabled() && vcpu.may_prefetch()
     }
 
@@ -109,7 +109,7 @@ impl<'l, H: ShadowHost> Op<'l, H> {
         let Some(wanted) = pfns.get_mut(..count) else {
             return false;
         };
-        let got = vcpu.prefetch_pages(slot, gfn, wanted);
+        let got = vcpu.prefetch_pages(self.host, self.lock, slot, gfn, wanted);
         if got == 0 {
             return false;
         }

@@ -3,9 +3,8 @@
 //! Roots, and where walks begin.
 
 use super::{
-    find::{Direct, Indirect},
-    guest::GuestTables,
-    host::{ShadowHost, ShadowVcpu},
+    find::NeverUnsync,
+    host::{PageSource, ShadowHost},
     page::{Entry, PagePtr},
     role::PageRole,
     Op, Shadow,
@@ -47,20 +46,19 @@ impl Shadow {
     /// A root for the guest's table at `gfn`, with a reference. The role has the
     /// root's level and quadrant. None if the caches are empty, or the frame is in
     /// no slot.
-    pub fn alloc_root<H: ShadowHost, V: ShadowVcpu<H>, G: GuestTables>(
+    ///
+    /// The guest's tables are not looked at: roots are above the last level, so that
+    /// one that is found is not unsync.
+    pub fn alloc_root<H: ShadowHost, S: PageSource>(
         &self,
         host: &H,
         lock: &mut MmuWrite<'_>,
-        vcpu: &mut V,
-        guest: Option<&G>,
+        source: &mut S,
         gfn: Gfn,
         role: PageRole,
     ) -> Option<PagePtr> {
         self.run(host, lock, |op| {
-            let page = match guest {
-                Some(guest) => op.get_page(&mut Indirect::new(vcpu, guest), gfn, role)?,
-                None => op.get_page(&mut Direct(vcpu), gfn, role)?,
-            };
+            let page = op.get_page(&mut NeverUnsync(source), gfn, role)?;
             page.roots.set(page.roots.get().wrapping_add(1));
             Some(page.as_ptr())
         })
@@ -104,6 +102,13 @@ impl Shadow {
         // which was installed after the marks.
         fence(Ordering::Acquire);
         root.any_unsync() || self.syncing.load(Ordering::Acquire)
+    }
+
+    /// The guest's CPU begins to use the root: its table is one still, so that the
+    /// writes to it so far are no flood. Without a lock; the caller holds a
+    /// reference.
+    pub fn note_root_in_use(&self, root: PagePtr) {
+        root.clear_writes();
     }
 
     /// The role of a root. Without a lock; the caller holds a reference.

@@ -8,7 +8,7 @@
 //! worst case; that is what the caches hold at least.
 
 use super::{
-    find::Direct,
+    find::NeverUnsync,
     host::{Counter, ShadowHost, SplitCaches},
     page::Entry,
     reclaim::MIN_FREE,
@@ -118,7 +118,7 @@ impl<'l, H: ShadowHost> Op<'l, H> {
         let Some(role) = huge.page.role().child(huge.index, true, access) else {
             return false;
         };
-        let Some(page) = self.get_page(&mut Direct(caches), gfn, role) else {
+        let Some(page) = self.get_page(&mut NeverUnsync(caches), gfn, role) else {
             return false;
         };
         for index in 0..ENTRIES {

@@ -21,7 +21,7 @@ use super::{
 use crate::mmu::{
     spte::Spte,
     sync::{
-        atomic::{fence, Ordering},
+        atomic::{fence, AtomicU64, Ordering},
         MmuLocked,
     },
     types::{Gfn, Level},
@@ -217,6 +217,15 @@ impl<'l, H: ShadowHost> Op<'l, H> {
         }
         Ok(())
     }
+}
+
+/// No entry of a group is present, nor says anything else.
+#[inline]
+pub(super) fn are_untouched(group: &[AtomicU64]) -> bool {
+    let all = group
+        .iter()
+        .fold(0, |all, cell| all | cell.load(Ordering::Relaxed));
+    all == Spte::NONPRESENT.raw()
 }
 
 /// An entry no one has written to since the page was made.

@@ -17,8 +17,6 @@ const TRIES: u32 = 8;
 /// A table on the way of a walk, and the entry that was used.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct GuestTable {
-    /// The frame of the table.
-    pub gfn: Gfn,
     /// Where the entry is.
     pub entry_gpa: u64,
     /// The entry, with the accessed and dirty bits that the walk has set.
@@ -30,11 +28,16 @@ pub struct GuestTable {
 impl GuestTable {
     /// No table.
     pub const NONE: GuestTable = GuestTable {
-        gfn: Gfn(0),
         entry_gpa: 0,
         entry: 0,
         access: 0,
     };
+
+    /// The frame of the table.
+    #[inline]
+    pub const fn gfn(&self) -> Gfn {
+        Gfn(self.entry_gpa >> PAGE_SHIFT)
+    }
 }
 
 /// A translation, and the entries that it is made of.
@@ -54,6 +57,19 @@ pub struct GuestWalk {
 }
 
 impl GuestWalk {
+    /// Room for what a walk finds. It is large, so that a walk fills it in place.
+    #[inline(always)]
+    #[allow(clippy::new_without_default)]
+    pub fn new() -> GuestWalk {
+        GuestWalk {
+            top: Level::L4K,
+            level: Level::L4K,
+            gfn: Gfn(0),
+            access: 0,
+            tables: [GuestTable::NONE; 5],
+        }
+    }
+
     /// Lets the supervisor write to a read-only page of the guest, for a write that
     /// `CR0.WP`, being clear, allows.
     ///
@@ -77,15 +93,8 @@ pub enum Stop {
     Retry,
 }
 
-/// The way to the leaf, before anything is decided about it.
-struct Path<P> {
-    top: Level,
-    level: Level,
-    /// What the entries on the way allow together.
-    access: u8,
-    tables: [GuestTable; 5],
-    pages: [Option<P>; 5],
-}
+/// The pages of the tables on the way, by [`Level::slot`].
+type Pages<P> = [Option<P>; 5];
 
 /// A walk that did not reach a leaf.
 struct Dead {
@@ -100,33 +109,36 @@ enum NotMarked {
     Unreachable,
 }
 
-/// Translates `address` for an access of this kind, as the guest's CPU would.
+/// Translates `address` for an access of this kind, as the guest's CPU would. If
+/// that succeeds, `found` says how.
 pub fn walk<F: GuestFormat, M: GuestMemory>(
     memory: &M,
     context: &GuestContext,
     address: u64,
     kind: ErrorCode,
-) -> Result<GuestWalk, Stop> {
+    found: &mut GuestWalk,
+) -> Result<(), Stop> {
     memory.trace(WalkEvent::Begins { address, kind });
     let fault = |dead| fault::<F, M>(memory, context, address, kind, dead);
     for _ in 0..TRIES {
-        let mut path = match descend::<F, M>(memory, context, address) {
-            Ok(path) => path,
-            Err(dead) => return Err(fault(dead)),
-        };
-        let leaf = path.leaf();
-        let forbidden = context.permission_fault(path.access, F::key(leaf), kind);
+        let mut pages: Pages<M::Page> = [None; 5];
+        if let Err(dead) = descend::<F, M>(memory, context, address, found, &mut pages) {
+            return Err(fault(dead));
+        }
+        let access = found.access;
+        let forbidden = context.permission_fault(access, F::key(found.leaf()), kind);
         if let Some(cause) = forbidden {
-            let access = path.access;
             return Err(fault(Dead { cause, access }));
         }
         let write = kind.contains(ErrorCode::WRITE);
-        match mark::<F, M>(memory, context, address, write, &mut path) {
-            Ok(()) => return Ok(path.translation::<F>(context, address, write)),
+        match mark::<F, M>(memory, context, address, write, found, &pages) {
+            Ok(()) => {
+                found.translate::<F>(context, address, write);
+                return Ok(());
+            }
             Err(NotMarked::Changed) => {}
             Err(NotMarked::Unreachable) => {
                 let cause = ErrorCode::NONE;
-                let access = path.access;
                 return Err(fault(Dead { cause, access }));
             }
         }
@@ -134,12 +146,16 @@ pub fn walk<F: GuestFormat, M: GuestMemory>(
     Err(Stop::Retry)
 }
 
-/// Reads the entries from the root down to the leaf.
+/// Reads the entries from the root down to the leaf. `found.access` is what they
+/// allow together.
+#[inline]
 fn descend<F: GuestFormat, M: GuestMemory>(
     memory: &M,
     context: &GuestContext,
     address: u64,
-) -> Result<Path<M::Page>, Dead> {
+    found: &mut GuestWalk,
+    pages: &mut Pages<M::Page>,
+) -> Result<(), Dead> {
     let mut level = context.level;
     let mut pointer = context.root;
     let mut access = ACC_ALL;
@@ -158,13 +174,7 @@ fn descend<F: GuestFormat, M: GuestMemory>(
         }
     }
 
-    let mut path = Path {
-        top: level,
-        level,
-        access,
-        tables: [GuestTable::NONE; 5],
-        pages: [None; 5],
-    };
+    found.top = level;
     loop {
         let table = F::frame(pointer, level, false);
         let offset = F::offset(address, level);
@@ -174,7 +184,6 @@ fn descend<F: GuestFormat, M: GuestMemory>(
             .ok_or(Dead::not_present(access))?;
         memory.trace(WalkEvent::Entry { entry, level });
         let used = GuestTable {
-            gfn: table,
             entry_gpa: table.to_gpa() | u64::from(offset),
             entry,
             access,
@@ -187,13 +196,19 @@ fn descend<F: GuestFormat, M: GuestMemory>(
             let cause = ErrorCode::PRESENT | ErrorCode::RSVD;
             return Err(Dead { cause, access });
         }
-        path.put(level, used, page);
+        if let (Some(to), Some(page_to)) = (
+            found.tables.get_mut(level.slot()),
+            pages.get_mut(level.slot()),
+        ) {
+            *to = used;
+            *page_to = Some(page);
+        }
         match level.child() {
             Some(child) if !F::is_leaf(context, entry, level) => level = child,
             _ => {
-                path.level = level;
-                path.access = access;
-                return Ok(path);
+                found.level = level;
+                found.access = access;
+                return Ok(());
             }
         }
         pointer = entry;
@@ -202,28 +217,29 @@ fn descend<F: GuestFormat, M: GuestMemory>(
 
 /// Sets the accessed bit of all entries of the path, and the dirty bit of the leaf
 /// for a write.
+#[inline]
 fn mark<F: GuestFormat, M: GuestMemory>(
     memory: &M,
     context: &GuestContext,
     address: u64,
     write: bool,
-    path: &mut Path<M::Page>,
+    found: &mut GuestWalk,
+    pages: &Pages<M::Page>,
 ) -> Result<(), NotMarked> {
     if !context.accessed_dirty {
         return Ok(());
     }
-    let leaf = path.level;
-    let mut next = Some(path.top);
+    let leaf = found.level;
+    let mut next = Some(found.top);
     while let Some(level) = next.filter(|level| *level >= leaf) {
         next = level.child();
-        let (Some(used), Some(Some(page))) = (
-            path.tables.get_mut(level.slot()),
-            path.pages.get(level.slot()),
-        ) else {
+        let (Some(used), Some(Some(page))) =
+            (found.tables.get_mut(level.slot()), pages.get(level.slot()))
+        else {
             continue;
         };
         let offset = F::offset(address, level);
-        let table = used.gfn;
+        let table = used.gfn();
         let mut new = used.entry | F::ACCESSED;
         if new != used.entry {
             memory.trace(WalkEvent::SetsAccessed { table, offset });
@@ -278,18 +294,7 @@ impl Dead {
     }
 }
 
-impl<P> Path<P> {
-    #[inline]
-    fn put(&mut self, level: Level, used: GuestTable, page: P) {
-        if let (Some(to), Some(page_to)) = (
-            self.tables.get_mut(level.slot()),
-            self.pages.get_mut(level.slot()),
-        ) {
-            *to = used;
-            *page_to = Some(page);
-        }
-    }
-
+impl GuestWalk {
     #[inline]
     fn leaf(&self) -> u64 {
         self.tables
@@ -297,27 +302,16 @@ impl<P> Path<P> {
             .map_or(0, |used| used.entry)
     }
 
+    /// Says what the entries that were found come to for the address.
     #[inline]
-    fn translation<F: GuestFormat>(
-        &self,
-        context: &GuestContext,
-        address: u64,
-        write: bool,
-    ) -> GuestWalk {
+    fn translate<F: GuestFormat>(&mut self, context: &GuestContext, address: u64, write: bool) {
         let leaf = self.leaf();
         let inside = (1u64 << F::shift(self.level)).wrapping_sub(1);
         let first = F::frame(leaf, self.level, true);
-        GuestWalk {
-            top: self.top,
-            level: self.level,
-            gfn: first.add(address >> PAGE_SHIFT & inside),
-            // After a write the leaf is dirty, or in ROM, where nothing makes it so.
-            access: if write {
-                self.access
-            } else {
-                protect_clean::<F>(context, leaf, self.access)
-            },
-            tables: self.tables,
+        self.gfn = first.add(address >> PAGE_SHIFT & inside);
+        // After a write the leaf is dirty, or in ROM, where nothing makes it so.
+        if !write {
+            self.access = protect_clean::<F>(context, leaf, self.access);
         }
     }
 }

@@ -13,8 +13,8 @@ use machine::{context, error_code, random_access, random_cpu, Memory, Racer, Ran
 use manual::{Access, Cpu, Mode, Refusal, Translation, Used, Why};
 use rmmu_engine::mmu::{
     shadow::guest::{
-        walk, ErrorCode, Guest, GuestContext, GuestFormat, GuestTables, GuestWalk, Paging32,
-        Paging64, PagingEpt, Stop,
+        self, ErrorCode, Guest, GuestContext, GuestFormat, GuestMemory, GuestTables, GuestWalk,
+        Paging32, Paging64, PagingEpt, Stop,
     },
     types::{ACC_ALL, ACC_EXEC, ACC_READ, ACC_USER, ACC_WRITE},
     Gfn, Level,
@@ -39,6 +39,17 @@ impl Seen {
         let count = self.0.get(what).copied().unwrap_or(0);
         assert!(count >= least, "{what} was seen {count} times: {self:?}");
     }
+}
+
+/// What a walk finds, or why it ends without.
+fn walk<F: GuestFormat, M: GuestMemory>(
+    memory: &M,
+    context: &GuestContext,
+    address: u64,
+    kind: ErrorCode,
+) -> Result<GuestWalk, Stop> {
+    let mut found = GuestWalk::new();
+    guest::walk::<F, M>(memory, context, address, kind, &mut found).map(|()| found)
 }
 
 /// What an entry allows, bit by bit.
@@ -85,7 +96,7 @@ fn check_translation(
     for used in &expected.used {
         let level = Level::new(used.level).unwrap();
         let table = found.tables[level.slot()];
-        assert_eq!(table.gfn.0, used.gpa >> 12);
+        assert_eq!(table.gfn().0, used.gpa >> 12);
         assert_eq!(table.entry_gpa, used.gpa);
         assert_eq!(table.access, allowed, "what is above the table");
         // An entry can serve two levels; each sets its own bits.

@@ -160,11 +160,13 @@ impl Vm {
     pub fn walk(&self, vcpu: usize, va: u64, kind: Kind) -> Result<GuestWalk, Stop> {
         let (context, seen) = (self.context(vcpu), self.seen());
         let code = self.paging.error_code(kind);
+        let mut found = GuestWalk::new();
         match self.paging.mode {
-            Mode::Bits32 => walk::<Paging32, _>(&seen, &context, va, code),
-            Mode::Ept => walk::<PagingEpt, _>(&seen, &context, va, code),
-            _ => walk::<Paging64, _>(&seen, &context, va, code),
+            Mode::Bits32 => walk::<Paging32, _>(&seen, &context, va, code, &mut found),
+            Mode::Ept => walk::<PagingEpt, _>(&seen, &context, va, code, &mut found),
+            _ => walk::<Paging64, _>(&seen, &context, va, code, &mut found),
         }
+        .map(|()| found)
     }
 
     fn page_fault(&mut self, vcpu: usize, va: u64, kind: Kind, present: bool) -> Option<Touch> {

@@ -9,6 +9,7 @@ use super::{
 use crate::common::format;
 use rmmu_engine::mmu::{
     shadow::{DescPtr, PagePtr, PageRole, PageSource, ShadowVcpu},
+    sync::MmuWrite,
     Gfn, Host, Pfn,
 };
 use std::cell::Cell;
@@ -46,7 +47,7 @@ impl ShadowVcpu<Machine> for Acting<'_> {
         host.valid_slot(gfn)
     }
 
-    fn may_prefetch(&self) -> bool {
+    fn may_prefetch(&mut self) -> bool {
         self.may_prefetch
     }
 
@@ -58,7 +59,14 @@ impl ShadowVcpu<Machine> for Acting<'_> {
         self.generation
     }
 
-    fn prefetch_pages(&mut self, slot: &Slot, gfn: Gfn, pfns: &mut [Pfn]) -> usize {
+    fn prefetch_pages(
+        &mut self,
+        _host: &Machine,
+        _lock: &MmuWrite<'_>,
+        slot: &Slot,
+        gfn: Gfn,
+        pfns: &mut [Pfn],
+    ) -> usize {
         assert_eq!(self.held, 0, "what was looked up before was not released");
         assert!(
             !slot.logged.get(),

@@ -8,36 +8,13 @@ use super::{
     Vm,
 };
 use rmmu_engine::mmu::{
-    shadow::{
-        guest::{Guest, Paging64},
-        PageRole,
-    },
-    types::ACC_ALL,
-    FastOutcome, Gfn, Host, Level, Outcome, Pfn,
+    shadow::PageRole, types::ACC_ALL, FastOutcome, Gfn, Host, Level, Outcome, Pfn,
 };
 
 /// The role of a direct root of four levels.
 pub const DIRECT: PageRole = PageRole(4 | 1 << 7 | (ACC_ALL as u32) << 8);
 
 impl Vm {
-    /// A direct page as a root, with a reference.
-    fn direct_page(&self, gfn: Gfn, role: PageRole) -> rmmu_engine::mmu::shadow::PagePtr {
-        type NoGuest<'a> = Guest<'a, Paging64, super::ram::Seen<'a>>;
-        self.machine
-            .write(|lock| {
-                let mut acting = self.acting();
-                self.shadow.alloc_root(
-                    &self.machine,
-                    lock,
-                    &mut acting,
-                    None::<&NoGuest<'_>>,
-                    gfn,
-                    role,
-                )
-            })
-            .expect("the caches are full")
-    }
-
     /// Gives a vCPU a direct root, with PAE or four levels.
     pub fn load_direct(&mut self, vcpu: usize, pae: bool) {
         let ad_disabled = !self.machine.format().ad_enabled;
@@ -45,10 +22,10 @@ impl Vm {
         let roots = if pae {
             let role = direct.with_level(Level::L2M);
             Roots::Pae(core::array::from_fn(|i| {
-                self.direct_page(Gfn((i as u64) << 18), role).hpa().0 | P
+                self.alloc_root(Gfn((i as u64) << 18), role).hpa().0 | P
             }))
         } else {
-            Roots::Page(self.direct_page(Gfn(0), direct))
+            Roots::Page(self.alloc_root(Gfn(0), direct))
         };
         self.vcpus[vcpu].roots = Some(roots);
         self.machine.tlbs.borrow_mut()[vcpu].flush();

@@ -294,15 +294,15 @@ impl Vm {
                         (Gfn(cr3 >> 12), i as u8)
                     };
                     let role = role.with_level(Level::L2M).with_quadrant(quadrant);
-                    let page = self.with_guest(vcpu, AllocRoot { gfn, role });
-                    *place = page.expect("the caches are full").hpa().0 | P;
+                    let page = self.alloc_root(gfn, role);
+                    *place = page.hpa().0 | P;
                 }
                 Roots::Pae(entries)
             }
             _ => {
                 let gfn = Gfn(cr3 >> 12);
-                let page = self.with_guest(vcpu, AllocRoot { gfn, role });
-                Roots::Page(page.expect("the caches are full"))
+                let page = self.alloc_root(gfn, role);
+                Roots::Page(page)
             }
         };
         self.vcpus[vcpu].roots = Some(roots);
@@ -417,31 +417,19 @@ impl WithGuest for Sync {
     }
 }
 
-struct AllocRoot {
-    gfn: Gfn,
-    role: PageRole,
-}
-
-impl WithGuest for AllocRoot {
-    type Output = Option<PagePtr>;
-
-    fn run<G: GuestTables>(self, vm: &Vm, guest: &G) -> Option<PagePtr> {
-        vm.machine.write(|lock| {
-            let mut acting = vm.acting();
-            acting.caches.pages = acting.caches.pages.max(1);
-            vm.shadow.alloc_root(
-                &vm.machine,
-                lock,
-                &mut acting,
-                Some(guest),
-                self.gfn,
-                self.role,
-            )
-        })
-    }
-}
-
 impl Vm {
+    /// A page as a root, with a reference.
+    pub fn alloc_root(&self, gfn: Gfn, role: PageRole) -> PagePtr {
+        self.machine
+            .write(|lock| {
+                let mut acting = self.acting();
+                acting.caches.pages = acting.caches.pages.max(1);
+                self.shadow
+                    .alloc_root(&self.machine, lock, &mut acting, gfn, role)
+            })
+            .expect("the caches are full")
+    }
+
     /// All entries that are present, of all pages in use: page, index, entry.
     pub fn visit(&self, mut f: impl FnMut(&PageInfo)) {
         self.machine
