@@ -133,14 +133,12 @@ impl Slot {
         // As gfn_to_index(): the first head is that of the huge page in which the slot begins.
         let shift = level.gfn_shift();
         let index = (gfn.0 >> shift).wrapping_sub(range.start.0 >> shift) as usize;
-        // SAFETY: null, or an array with a head for each page of the level with a frame in the slot; each is a word that lives
-        // as long as the slot, and that KVM reads as an atomic.
-        unsafe {
-            heads
-                .cast::<AtomicU64>()
-                .as_ref()
-                .map(|first| &*core::ptr::from_ref(first).add(index))
+        if heads.is_null() {
+            return None;
         }
+        // SAFETY: an array with a head for each page of the level that has a frame in the slot; each is a word that lives as
+        // long as the slot, and that KVM reads as an atomic.
+        Some(unsafe { &*heads.cast::<AtomicU64>().add(index) })
     }
 
     /// Marks `gfn` in the dirty log.
