@@ -253,10 +253,10 @@ impl Vm {
             .filter(|_| self.format.ad_enabled && self.worth_a_look(vcpu));
         let mut ready = match plain.and_then(|slot| self.ready_if_resident(vcpu, access, slot)) {
             Some(ready) => ready?,
-            None => match self.back(vcpu, access, slot, gva, allowed) {
-                Ok(backing) => self.ready_if_fresh(vcpu, access, backing)?,
-                Err(handled) => return Err(handled),
-            },
+            None => {
+                let backing = self.back(vcpu, access, slot, gva, allowed)?;
+                self.ready_if_fresh(vcpu, access, backing)?
+            }
         };
         if let Err(error) = self.make_pages_available(ready.lock.token()) {
             drop(ready.lock);
