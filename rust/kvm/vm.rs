@@ -66,14 +66,13 @@ impl Kvm {
     }
 
     /// Our data of the VM, if the VM is ours.
-    pub fn owner_data(&self) -> Option<*mut c_void> {
+    fn owner_data(&self) -> Option<*mut c_void> {
         let kvm = self.as_ptr();
         // SAFETY: the VM lives; both words are written only while the VM is created and destroyed, when no one else
-        // can reach it.
+        // can reach it. The data is asked for behind the mark.
         unsafe {
             let mark = (*kvm).arch.active_mmu_pages.prev.cast::<u8>();
-            (mark.cast_const() == &raw const rmmu_owner_mark)
-                .then(|| (*kvm).arch.tdp_mmu_roots.prev.cast())
+            (mark.cast_const() == &raw const rmmu_owner_mark).then(|| self.data_of_owned())
         }
     }
 

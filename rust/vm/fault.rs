@@ -18,7 +18,7 @@ use crate::kvm::bindings::{EMULTYPE_ALLOW_RETRY_PF, EMULTYPE_PF, EMULTYPE_WRITE_
 use crate::{
     kvm::{
         lock::ReadGuard,
-        page::{self, HostPage, HostWindow, Lookup, MappedPage, NoPage},
+        page::{self, HostPage, HostWindow, Lookup, NoPage},
         param,
         shadow::{root_kind, RootKind},
         table, trace,
@@ -29,7 +29,7 @@ use crate::{
         spte::Spte,
         table::TablePtr,
         tdp::{FastOutcome, Fault, Outcome},
-        types::{Gfn, GfnRange, Level, ACC_ALL, PAGE_SHIFT},
+        types::{Gfn, GfnRange, Level, Pfn, ACC_ALL, PAGE_SHIFT},
     },
 };
 use core::{
@@ -404,7 +404,7 @@ impl Vm {
             return Ok(handled);
         }
         vcpu.topup_table_caches()?;
-        let plain = slot.filter(|slot| !slot.invalid() && !slot.is_apic_access_page());
+        let plain = self.may_be_resident(slot);
         let resident =
             |level: &mut Level| plain.and_then(|slot| self.map_resident(vcpu, access, slot, level));
         if self.worth_a_look(vcpu) {
@@ -423,12 +423,19 @@ impl Vm {
         }
     }
 
-    /// Installs a page that the host has mapped; `None` if it has not, or has it in a way that is not for us to judge.
+    /// The slot, if the host's page table may be looked at for its pages.
     ///
-    /// The host's page table is looked at under the lock, when nothing in it can be taken away. That saves what it takes to
-    /// rely on a page that was looked up earlier: a reference, the count of invalidations and its barriers, and marking the
-    /// page. A page is dirty in the host's table already if it is mapped writable here. It need not be marked as accessed
-    /// either: reclaim asks the notifier, which finds the accessed bit of the entry; hence this is for formats that have one.
+    /// That is done under the lock, when nothing in the table can be taken away. It saves what it takes to rely on a page
+    /// that was looked up earlier: a reference, the count of invalidations and its barriers, and marking the page. A page is
+    /// dirty in the host's table already if it is mapped writable here. It need not be marked as accessed either: reclaim
+    /// asks the notifier, which finds the accessed bit of the entry; hence this is for formats that have one.
+    #[inline]
+    pub(super) fn may_be_resident<'s>(&self, slot: Option<&'s Slot>) -> Option<&'s Slot> {
+        let slot = slot.filter(|_| self.format.ad_enabled)?;
+        (!slot.invalid() && !slot.is_apic_access_page() && !slot.gmem_only()).then_some(slot)
+    }
+
+    /// Installs a page that the host has mapped; `None` if it has not, or has it in a way that is not for us to judge.
     #[inline]
     fn map_resident(
         &self,
@@ -437,9 +444,6 @@ impl Vm {
         slot: &Slot,
         level: &mut Level,
     ) -> Option<Result<Handled>> {
-        if !self.format.ad_enabled || slot.gmem_only() {
-            return None;
-        }
         // An invalidation needs the lock for write: keep off it.
         if self.kvm.invalidating_hint(access.gfn) {
             return Some(Ok(Handled::Retry));
@@ -465,7 +469,8 @@ impl Vm {
         )?;
         self.looked(vcpu, host.level.is_some());
         let (host_level, page) = (host.level?, host.page(access.gfn)?);
-        let mut fault = self.fault_of_mapped(vcpu, access, slot, host_level, page);
+        let mut fault =
+            self.fault_of_frame(vcpu, access, slot, host_level, page.pfn, page.writable);
         self.choose_level_by(&mut fault, |gfn, limit| slot.max_level(gfn, limit));
         let outcome = self.install(vcpu, access, &lock, root, &mut fault, slot, Some(&host));
         *level = fault.goal_level;
@@ -719,31 +724,6 @@ impl Vm {
         }
     }
 
-    /// A fault at a page that the host has mapped at a level.
-    #[inline(always)]
-    pub(super) fn fault_of_mapped<'s>(
-        &self,
-        vcpu: &Vcpu,
-        access: &Access,
-        slot: &'s Slot,
-        host_level: Level,
-        page: MappedPage,
-    ) -> Fault<'s, Slot> {
-        Fault {
-            slot: Some(slot),
-            pfn: page.pfn,
-            map_writable: page.writable,
-            max_level: host_level.min(param::max_huge_level()),
-            dirty_track: slot.dirty_tracked(),
-            memtype: if self.host_mmio_matters {
-                page::memtype(vcpu, access.gfn, false)
-            } else {
-                0
-            },
-            ..self.fault_of(access)
-        }
-    }
-
     /// The same for memory.
     #[inline]
     fn fault_of<'s>(&self, access: &Access) -> Fault<'s, Slot> {
@@ -757,7 +737,7 @@ impl Vm {
             max_level: Level::MAX_HUGE,
             huge_page_disallowed: false,
             nx_workaround: param::nx_huge_pages() && !self.kvm.nx_huge_pages_disabled(),
-            pfn: crate::mmu::types::Pfn(0),
+            pfn: Pfn(0),
             slot: None,
             map_writable: false,
             write_tracked: false,
@@ -785,7 +765,7 @@ impl Vm {
         seq: usize,
         level: &mut Level,
     ) -> Result<Handled> {
-        let mut fault = self.fault_of_page(vcpu, self.fault_for(vcpu, access), slot, &page);
+        let mut fault = self.fault_of_page(vcpu, access, slot, &page);
         let lock = self.kvm.read_lock();
         // Under the lock an invalidation can neither begin nor end: what was looked up is still true, or is thrown away.
         let root = match self.current_root(vcpu) {
@@ -822,29 +802,50 @@ impl Vm {
         finish(outcome)
     }
 
-    /// The same fault, when the host's page is known.
+    /// A fault at a page that was looked up.
     #[inline(always)]
     pub(super) fn fault_of_page<'s>(
         &self,
         vcpu: &Vcpu,
-        fault: Fault<'s, Slot>,
+        access: &Access,
         slot: &'s Slot,
         page: &HostPage,
     ) -> Fault<'s, Slot> {
-        let host_mmio = self.host_mmio_matters && page::is_host_mmio(page.pfn);
+        let (pfn, writable) = (page.pfn, page.writable);
+        let fault = self.fault_of_frame(vcpu, access, slot, page.max_level, pfn, writable);
+        if !self.host_mmio_matters || !page::is_host_mmio(pfn) {
+            return fault;
+        }
+        Fault {
+            memtype: page::memtype(vcpu, access.gfn, true),
+            is_host_mmio: true,
+            ..fault
+        }
+    }
+
+    /// A fault at memory: a frame of the host's, which maps it at a level.
+    #[inline(always)]
+    pub(super) fn fault_of_frame<'s>(
+        &self,
+        vcpu: &Vcpu,
+        access: &Access,
+        slot: &'s Slot,
+        host_level: Level,
+        pfn: Pfn,
+        writable: bool,
+    ) -> Fault<'s, Slot> {
         Fault {
             slot: Some(slot),
-            pfn: page.pfn,
-            map_writable: page.writable,
-            max_level: page.max_level.min(param::max_huge_level()),
+            pfn,
+            map_writable: writable,
+            max_level: host_level.min(param::max_huge_level()),
             dirty_track: slot.dirty_tracked(),
             memtype: if self.host_mmio_matters {
-                page::memtype(vcpu, fault.gfn, host_mmio)
+                page::memtype(vcpu, access.gfn, false)
             } else {
                 0
             },
-            is_host_mmio: host_mmio,
-            ..fault
+            ..self.fault_of(access)
         }
     }
 

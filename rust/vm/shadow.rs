@@ -247,10 +247,9 @@ impl Vm {
         gva: u64,
         allowed: u8,
     ) -> Result<Ready<'a>, Result<Handled>> {
-        // The argument is that of `map_resident()`, which is the same for the TDP MMU, under the lock for read.
-        let plain = slot
-            .filter(|slot| !slot.invalid() && !slot.is_apic_access_page() && !slot.gmem_only())
-            .filter(|_| self.format.ad_enabled && self.worth_a_look(vcpu));
+        let plain = self
+            .may_be_resident(slot)
+            .filter(|_| self.worth_a_look(vcpu));
         let mut ready = match plain.and_then(|slot| self.ready_if_resident(vcpu, access, slot)) {
             Some(ready) => ready?,
             None => {
@@ -389,11 +388,9 @@ impl Vm {
     ) -> Fault<'s, Slot> {
         match (slot, backing) {
             (Some(slot), &ReadyBacking::Resident { level, page }) => {
-                self.fault_of_mapped(vcpu, access, slot, level, page)
+                self.fault_of_frame(vcpu, access, slot, level, page.pfn, page.writable)
             }
-            (Some(slot), ReadyBacking::Held(page)) => {
-                self.fault_of_page(vcpu, self.fault_for(vcpu, access), slot, page)
-            }
+            (Some(slot), ReadyBacking::Held(page)) => self.fault_of_page(vcpu, access, slot, page),
             _ => self.fault_for(vcpu, access),
         }
     }

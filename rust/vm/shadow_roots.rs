@@ -234,17 +234,23 @@ impl Vm {
         let Some(root) = self.shadow_root(mmu) else {
             return;
         };
-        let pages = match root.page() {
-            // Most often.
-            Some(page) if !self.shadow.is_unsync(page) => return,
-            Some(page) => [Some(page), None, None, None],
-            None => root.entries.map(pae_root),
-        };
-        let is_unsync = |page: &PagePtr| self.shadow.is_unsync(*page);
-        if !pages.iter().flatten().any(is_unsync) {
-            return;
+        match root.page() {
+            Some(page) => {
+                if self.shadow.is_unsync(page) {
+                    self.sync_pages(vcpu, [Some(page), None, None, None]);
+                }
+            }
+            None => {
+                let pages = root.entries.map(pae_root);
+                if pages
+                    .iter()
+                    .flatten()
+                    .any(|page| self.shadow.is_unsync(*page))
+                {
+                    self.sync_pages(vcpu, pages);
+                }
+            }
         }
-        self.sync_pages(vcpu, pages);
     }
 
     fn sync_pages(&self, vcpu: &Vcpu, pages: Roots) {
