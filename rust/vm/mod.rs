@@ -6,6 +6,8 @@
 //! this module, which is the last thing it drops. The handlers of the entry points are methods of [`Vm`]:
 //!
 //! - `fault`: page faults, MMIO, pre-fault, async page faults;
+//! - `backing`: what backs a frame;
+//! - `tdp`: faults that the TDP MMU serves;
 //! - `around`: which neighbours of a page that faulted are mapped with it;
 //! - `shadow`: faults that the shadow MMU serves;
 //! - `roots`: loading, dropping and invalidating roots;
@@ -15,6 +17,7 @@
 //! - `debugfs`: what the user can look at.
 
 mod around;
+mod backing;
 mod debugfs;
 mod dirty;
 mod fault;
@@ -22,6 +25,7 @@ mod roots;
 mod shadow;
 mod shadow_roots;
 mod slots;
+mod tdp;
 
 use crate::{
     kvm::{

@@ -14,7 +14,8 @@
 //! emulated, and followed from `kvm_mmu_track_write()`.
 
 use super::{
-    fault::{trace_fast, Access, Backing, Handled},
+    backing::Backing,
+    fault::{trace_fast, Access, Handled},
     shadow_roots::LoadedRoot,
     Vm,
 };
