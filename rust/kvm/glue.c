@@ -202,11 +202,13 @@ bool rmmu_slot_zap_all_quirk(struct kvm *kvm) { return kvm_check_has_quirk(kvm, 
 static struct kmem_cache **rmmu_header_cache;
 
 void rmmu_set_header_cache(struct kmem_cache **cache) { rmmu_header_cache = cache; }
-void *rmmu_table_header(u64 hpa) { return (void *)page_private(pfn_to_page(PHYS_PFN(hpa))); }
 void rmmu_table_join(void *header, void *spt) { set_page_private(virt_to_page(spt), (unsigned long)header); }
 void rmmu_table_part(void *spt) { set_page_private(virt_to_page(spt), 0); }
-u64 rmmu_pa(const void *spt) { return __pa(spt); }
 unsigned long rmmu_direct_map(void) { return PAGE_OFFSET; }
+
+/* All struct pages are in one array (CONFIG_SPARSEMEM_VMEMMAP, which x86-64 always has), whatever memory there is. */
+unsigned long rmmu_first_private(void) { return (unsigned long)&vmemmap->private; }
+
 void rmmu_table_account(void *spt, int nr) { kvm_account_pgtable_pages(spt, nr); }
 void *rmmu_header_alloc(void) { return kmem_cache_zalloc(*rmmu_header_cache, GFP_KERNEL_ACCOUNT); }
 void rmmu_header_free(void *header) { kmem_cache_free(*rmmu_header_cache, header); }

@@ -12,6 +12,9 @@
 /* Room for the name of a symbol, as sprint_symbol() wants it: bindgen does not evaluate the macro. */
 enum { RMMU_SYMBOL_LEN = KSYM_SYMBOL_LEN };
 
+/* From the private word of a page to that of the next. */
+enum { RMMU_PAGE_STRIDE = sizeof(struct page) };
+
 struct seq_file;
 struct static_call_key;
 
@@ -111,11 +114,10 @@ bool rmmu_manual_protect_init_set(struct kvm *kvm);
 bool rmmu_slot_zap_all_quirk(struct kvm *kvm);
 
 /* Table pages: a page of SPTEs and the header that its struct page points to. */
-void *rmmu_table_header(u64 hpa);
 void rmmu_table_join(void *header, void *spt);
 void rmmu_table_part(void *spt);
-u64 rmmu_pa(const void *spt);
 unsigned long rmmu_direct_map(void);
+unsigned long rmmu_first_private(void);
 void rmmu_table_account(void *spt, int nr);
 void *rmmu_header_alloc(void);
 void rmmu_header_free(void *header);

@@ -72,7 +72,7 @@ unsafe impl Host for KvmHost<'_> {
     #[inline]
     fn table_of(&self, hpa: Hpa) -> TablePtr {
         // SAFETY: the engine asks for tables that its entries point to, which live.
-        let header = unsafe { bindings::rmmu_table_header(hpa.0) };
+        let header = unsafe { table::header_at(hpa) };
         // SAFETY: the private word of a table page is its header, never null.
         unsafe { TablePtr::from_raw(NonNull::new_unchecked(header.cast())) }
     }

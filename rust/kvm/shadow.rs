@@ -73,8 +73,7 @@ pub enum RootKind {
 ///
 /// `hpa` is what [`Mmu`](crate::kvm::Mmu) says: only our own code stores roots there, with a reference.
 pub fn root_kind(hpa: Hpa) -> RootKind {
-    // SAFETY: any address will do.
-    if unsafe { bindings::rmmu_is_dummy_root(hpa.0) } {
+    if hpa == table::dummy_root() {
         return RootKind::Dummy;
     }
     let Some(root) = table::root_at(hpa) else {
@@ -115,17 +114,14 @@ unsafe fn join(
     translations: Option<NonNull<c_void>>,
 ) -> PagePtr {
     // SAFETY: the entries are a whole page of the kernel's memory.
-    let hpa = unsafe {
-        bindings::rmmu_table_join(header.as_ptr(), entries.as_ptr());
-        bindings::rmmu_pa(entries.as_ptr())
-    };
+    unsafe { bindings::rmmu_table_join(header.as_ptr(), entries.as_ptr()) };
     table::count_live(1);
     // SAFETY: the caller's promise.
     unsafe {
         PagePtr::adopt(
             header.cast::<Page>(),
             entries.cast::<Entries>(),
-            Hpa(hpa),
+            table::hpa_of(entries),
             translations.map(NonNull::cast::<Translations>),
         )
     }
@@ -171,15 +167,14 @@ unsafe impl ShadowHost for KvmHost<'_> {
     fn page_of(&self, hpa: Hpa) -> PagePtr {
         // SAFETY: the engine asks for pages that its entries point to, which live, and whose private word is the header.
         unsafe {
-            let header = bindings::rmmu_table_header(hpa.0);
+            let header = table::header_at(hpa);
             PagePtr::from_raw(NonNull::new_unchecked(header.cast()))
         }
     }
 
     #[inline]
     fn page_at(&self, entries: NonNull<Entries>) -> PagePtr {
-        // SAFETY: as above, by the address of a live page of entries.
-        self.page_of(Hpa(unsafe { bindings::rmmu_pa(entries.as_ptr().cast()) }))
+        self.page_of(table::hpa_of(entries.cast()))
     }
 
     fn free_page_rcu(&self, page: PagePtr) {

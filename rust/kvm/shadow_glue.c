@@ -174,7 +174,6 @@ u64 rmmu_page_to_pfn(struct page *page) { return page_to_pfn(page); }
 /* Roots that are no shadow pages */
 
 u64 rmmu_dummy_root(void) { return kvm_mmu_get_dummy_root(); }
-bool rmmu_is_dummy_root(u64 hpa) { return kvm_mmu_is_dummy_root(hpa); }
 void *rmmu_zeroed_page(void) { return (void *)get_zeroed_page(GFP_KERNEL_ACCOUNT); }
 
 /* Metadata of slots */

@@ -36,7 +36,6 @@ u64 rmmu_page_to_pfn(struct page *page);
 
 /* Roots that are no shadow pages */
 u64 rmmu_dummy_root(void);
-bool rmmu_is_dummy_root(u64 hpa);
 void *rmmu_zeroed_page(void);
 
 /* Metadata of slots */

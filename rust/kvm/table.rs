@@ -14,14 +14,14 @@ use crate::{
         role::Role,
         shadow::PagePtr,
         table::{Entries, Table, TablePtr, HOST_MMIO_OFFSET},
-        types::Hpa,
+        types::{Hpa, PAGE_SHIFT},
     },
 };
 use core::{
     ffi::c_void,
     mem::{offset_of, size_of},
     ptr::NonNull,
-    sync::atomic::{AtomicI64, AtomicUsize, Ordering},
+    sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering},
 };
 
 const _: () = assert!(size_of::<Table>() <= offset_of!(bindings::kvm_mmu_page, callback_head));
@@ -43,13 +43,57 @@ pub fn live() -> i64 {
 /// Where the kernel maps all memory; constant after [`bind`].
 static DIRECT_MAP: AtomicUsize = AtomicUsize::new(0);
 
+/// The private word of the first page of memory; constant after [`bind`].
+static FIRST_PRIVATE: AtomicUsize = AtomicUsize::new(0);
+
+/// The root of a guest whose own root is no memory: a page of zeroes. Constant after [`bind`].
+static DUMMY_ROOT: AtomicU64 = AtomicU64::new(0);
+
 /// Looks up what is constant while the kernel runs. Before any VM is ours.
 pub fn bind() {
     // SAFETY: no precondition.
-    DIRECT_MAP.store(
-        unsafe { bindings::rmmu_direct_map() } as usize,
-        Ordering::Relaxed,
-    );
+    let (direct_map, first_private, dummy) = unsafe {
+        (
+            bindings::rmmu_direct_map(),
+            bindings::rmmu_first_private(),
+            bindings::rmmu_dummy_root(),
+        )
+    };
+    DIRECT_MAP.store(direct_map, Ordering::Relaxed);
+    FIRST_PRIVATE.store(first_private, Ordering::Relaxed);
+    DUMMY_ROOT.store(dummy, Ordering::Relaxed);
+}
+
+/// The root of a guest whose own root is no memory.
+#[inline]
+pub fn dummy_root() -> Hpa {
+    Hpa(DUMMY_ROOT.load(Ordering::Relaxed))
+}
+
+/// The header of the table page at `hpa`, which is the private word of its `struct page`; null if the page has none.
+///
+/// # Safety
+///
+/// There is memory at `hpa`, and its page is the caller's to look at.
+#[inline]
+pub(super) unsafe fn header_at(hpa: Hpa) -> *mut c_void {
+    let pfn = (hpa.0 >> PAGE_SHIFT) as usize;
+    let word = FIRST_PRIVATE
+        .load(Ordering::Relaxed)
+        .wrapping_add(pfn.wrapping_mul(bindings::RMMU_PAGE_STRIDE as usize));
+    // SAFETY: memory has a struct page, in the one array of all of them. The word changes only while the page is nobody
+    // else's.
+    unsafe { *(word as *const *mut c_void) }
+}
+
+/// The physical address of a page of ours.
+#[inline]
+pub(super) fn hpa_of(page: NonNull<c_void>) -> Hpa {
+    let hpa = page
+        .addr()
+        .get()
+        .wrapping_sub(DIRECT_MAP.load(Ordering::Relaxed));
+    Hpa(hpa as u64)
 }
 
 /// The entries of the table page at `hpa`, without a look at its header.
@@ -75,13 +119,11 @@ pub fn wait_for_frees() {
 /// Both are valid, the header is zeroed, and nothing else points to either.
 unsafe fn join(header: NonNull<c_void>, page: NonNull<c_void>) -> TablePtr {
     // SAFETY: the page is a whole page of the kernel's memory.
-    let hpa = unsafe {
-        bindings::rmmu_table_join(header.as_ptr(), page.as_ptr());
-        bindings::rmmu_pa(page.as_ptr())
-    };
+    unsafe { bindings::rmmu_table_join(header.as_ptr(), page.as_ptr()) };
+    let hpa = hpa_of(page);
     count_live(1);
     // SAFETY: the caller promises a zeroed header of the size asserted above and a page that are nobody else's.
-    unsafe { TablePtr::adopt(header.cast::<Table>(), page.cast::<Entries>(), Hpa(hpa)) }
+    unsafe { TablePtr::adopt(header.cast::<Table>(), page.cast::<Entries>(), hpa) }
 }
 
 /// A new table. Sleeps.
@@ -145,7 +187,7 @@ extern "C" fn rmmu_table_freed(header: *mut c_void) {
 /// `hpa` is what [`Mmu`](crate::kvm::Mmu) says: only our own `load` stores roots there, with a reference.
 pub fn root_at(hpa: Hpa) -> Option<TablePtr> {
     // SAFETY: the address of a live table's page, whose private word is the header that `join` put there.
-    let header = NonNull::new(unsafe { bindings::rmmu_table_header(hpa.0) })?;
+    let header = NonNull::new(unsafe { header_at(hpa) })?;
     // SAFETY: as above.
     Some(unsafe { TablePtr::from_raw(header.cast()) })
 }

@@ -6,16 +6,17 @@
 //! patched branch on another module's key.
 
 use crate::{
-    kvm::{bindings, symbols, vcpu::Vcpu, vm::Kvm},
+    kvm::{bindings, symbols, table, vcpu::Vcpu, vm::Kvm},
     mmu::{
         host::{Event, SplitOutcome},
         shadow::{guest::WalkEvent, Page, PageEvent},
         spte::Spte,
         sync::atomic::AtomicU64,
         table::Table,
-        types::{Gfn, Level, Pfn},
+        types::{Gfn, Hpa, Level, Pfn},
     },
 };
+use core::ptr::NonNull;
 use kernel::{prelude::*, str::CString};
 
 /// Looks the tracepoints up, and binds the calls of their iterators; kvm.ko is there.
@@ -151,11 +152,11 @@ fn got_page(page: &Page, made: bool) {
 /// `kvm_tdp_mmu_spte_changed`, whose address space is that of the entry's table.
 #[cold]
 fn spte_changed(cell: &AtomicU64, gfn: Gfn, level: Level, old: Spte, new: Spte) {
-    const PAGE_MASK: usize = kernel::page::PAGE_SIZE - 1;
-    let page = (cell.as_ptr() as usize & !PAGE_MASK) as *mut core::ffi::c_void;
+    const PAGE_MASK: u64 = kernel::page::PAGE_SIZE as u64 - 1;
+    let hpa = table::hpa_of(NonNull::from(cell).cast()).0 & !PAGE_MASK;
     // SAFETY: entries are in a page of a table, whose private word is the header. The caller is where it may use the entry,
     // so the header lives.
-    let table = unsafe { &*bindings::rmmu_table_header(bindings::rmmu_pa(page)).cast::<Table>() };
+    let table = unsafe { &*table::header_at(Hpa(hpa)).cast::<Table>() };
     // SAFETY: no precondition.
     unsafe {
         bindings::rmmu_trace_spte_changed(

@@ -3,10 +3,10 @@
 //! `struct kvm_vcpu` and its `struct kvm_mmu`: roots, caches, requests and statistics of a vCPU.
 
 use crate::{
-    kvm::{bindings, calls, slot::Slot, vm::Kvm},
+    kvm::{bindings, calls, slot::Slot, table, vm::Kvm},
     mmu::{role::Role, types::Gfn, types::Hpa, types::Level},
 };
-use core::ffi::c_void;
+use core::{ffi::c_void, ptr::NonNull};
 use kernel::{error::to_result, prelude::*, types::Opaque};
 
 /// A vCPU, held by this thread.
@@ -202,10 +202,8 @@ impl Mmu {
         let mmu = self.0.get();
         // SAFETY: the context lives and is this thread's.
         let (pae, pml4, pml5) = unsafe { ((*mmu).pae_root, (*mmu).pml4_root, (*mmu).pml5_root) };
-        let address = |page: *mut u64| -> Option<u64> {
-            // SAFETY: a page of the kernel's memory.
-            (!page.is_null()).then(|| unsafe { bindings::rmmu_pa(page.cast()) })
-        };
+        let address =
+            |page: *mut u64| -> Option<u64> { Some(table::hpa_of(NonNull::new(page)?.cast()).0) };
         let mut root = address(pae)?;
         for (page, at) in [(pml4, Level::L512G), (pml5, Level::L256T)] {
             if level >= at {
@@ -561,12 +559,6 @@ impl Vcpu {
             calls::kvm_setup_async_pf(vcpu, address, hva, &mut arch)
         }
     }
-}
-
-/// The root of a guest whose own root is no memory: a page of zeroes.
-pub fn dummy_root() -> Hpa {
-    // SAFETY: no precondition.
-    Hpa(unsafe { bindings::rmmu_dummy_root() })
 }
 
 /// Whether a signal is pending for this thread.

@@ -14,7 +14,7 @@ use crate::{
     kvm::{
         paging::{table_gfn, VcpuMemory, WrittenEntry},
         shadow::{alloc_buckets, pae_root, root_kind, RootKind, ShadowCpu},
-        vcpu, Kvm, Mmu, RootSet, Vcpu,
+        table, Kvm, Mmu, RootSet, Vcpu,
     },
     mmu::{
         shadow::{guest::Guest, PagePtr, PageRole, Root},
@@ -108,7 +108,7 @@ impl Vm {
         let pgd = vcpu.guest_root();
         let gfn = table_gfn(pgd);
         if !vcpu.sees(gfn) {
-            mmu.set_root(Some(vcpu::dummy_root()), 0);
+            mmu.set_root(Some(table::dummy_root()), 0);
             return Ok(());
         }
         // May sleep, so it comes before the lock.
