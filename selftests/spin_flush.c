@@ -76,14 +76,22 @@ static uint64_t alive(void)
 	return ((volatile struct control *)vm.shared)->alive;
 }
 
-/* Until the guest stores again; false when it does not within seconds. */
-static bool stores_arrive(uint8_t *memory)
+/*
+ * Until the guest stores again; false when it does not within a minute. While nothing was there it may have failed with
+ * EFAULT, and tell so late: then it goes on.
+ */
+static bool stores_arrive(uint8_t *memory, pthread_t *thread)
 {
-	uint64_t deadline = deadline_ms(5000), old = *word(memory);
+	uint64_t deadline = deadline_ms(60000), old = *word(memory);
 
-	while (*word(memory) == old)
+	while (*word(memory) == old) {
+		if (run_errno == EFAULT) {
+			pthread_join(*thread, NULL);
+			*thread = start();
+		}
 		if (now_ms() > deadline)
 			return false;
+	}
 	return true;
 }
 
@@ -119,7 +127,7 @@ static void check_remap(bool huge)
 		uint64_t before;
 
 		memset(fresh, 0, SIZE);
-		lost += !stores_arrive(base);
+		lost += !stores_arrive(base, &thread);
 		/* The guest's page moves away; from the return of this call on no store may reach it. */
 		if (mremap(base, SIZE, SIZE, MREMAP_MAYMOVE | MREMAP_FIXED, away) == MAP_FAILED)
 			bail("mremap: %m");
@@ -129,11 +137,6 @@ static void check_remap(bool huge)
 		if (mremap(fresh, SIZE, SIZE, MREMAP_MAYMOVE | MREMAP_FIXED, base) == MAP_FAILED)
 			bail("mremap: %m");
 		munmap(away, SIZE);
-		/* While nothing was there the guest may have failed with EFAULT: go on. */
-		if (run_errno) {
-			pthread_join(thread, NULL);
-			thread = start();
-		}
 	}
 	ok(!stale, "%s: no store reaches memory that was moved away (%d of %d did)", kind, stale, TRIES);
 	ok(!lost, "%s: and stores reach what was put in its place", kind);
@@ -157,7 +160,7 @@ static void check_dirty_log(bool huge)
 
 	create(huge);
 	thread = start();
-	lost += !stores_arrive(base);
+	lost += !stores_arrive(base, &thread);
 	must(vm_slot(&vm, 1, VM_TEST_GPA, SIZE, base, KVM_MEM_LOG_DIRTY_PAGES));
 	for (int i = 0; i < TRIES * 5; i++) {
 		uint64_t before, after;
@@ -172,7 +175,7 @@ static void check_dirty_log(bool huge)
 		missed += before != after && !logged;
 		dirty += logged;
 	}
-	lost += !stores_arrive(base);
+	lost += !stores_arrive(base, &thread);
 	ok(!missed && dirty, "%s: every store after a dirty log is in the next one (missed %d, dirty %d times)",
 	   kind, missed, dirty);
 	ok(!lost, "%s: the guest went on storing meanwhile", kind);
@@ -189,7 +192,7 @@ static void check_protect(void)
 	for (int i = 0; i < TRIES; i++) {
 		uint64_t before;
 
-		lost += !stores_arrive(base);
+		lost += !stores_arrive(base, &thread);
 		must(mprotect(base, SIZE, PROT_READ));
 		before = *word(base);
 		spin_us(LOOK_US);
@@ -215,7 +218,7 @@ static void check_slot(void)
 	for (int i = 0; i < TRIES; i++) {
 		uint64_t before;
 
-		lost += !stores_arrive(base);
+		lost += !stores_arrive(base, &thread);
 		must(vm_slot(&vm, 1, 0, 0, NULL, 0));
 		before = *word(base);
 		spin_us(LOOK_US);
