@@ -37,7 +37,7 @@ use crate::{
     },
     mmu::{shadow::Shadow, spte::SpteFormat, tdp::Tdp},
 };
-use core::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use kernel::prelude::*;
 
 pub use debugfs::{exit as debugfs_exit, init as debugfs_init};
@@ -88,14 +88,18 @@ static STATS: Stats = Stats {
 
 kernel::sync::global_lock! {
     /// Creation of owned VMs against switching the static key, which is fixed while one exists.
-    // SAFETY: initialised in `init` before anything locks it.
+    // SAFETY: initialised in `init`. Hooks come later, and who sets a parameter looks at `READY` first.
     unsafe(uninit) static OWNERSHIP: Mutex<()> = ();
 }
 
+/// Whether `OWNERSHIP` can be locked. Parameters that are given when the module is loaded are set before it is initialised.
+static READY: AtomicBool = AtomicBool::new(false);
+
 /// Prepares what VMs share.
 pub fn init() {
-    // SAFETY: called once, before hooks are in place.
+    // SAFETY: called once, before anything locks it.
     unsafe { OWNERSHIP.init() };
+    READY.store(true, Ordering::Release);
 }
 
 /// Waits until nothing of destroyed VMs is on its way to the freeing callbacks in this module.
@@ -261,6 +265,11 @@ pub fn release(kvm: &Kvm) -> Option<ModuleReference> {
 ///
 /// `EBUSY` while VMs of ours exist.
 pub fn set_tdp_mmu(on: bool) -> Result {
+    if !READY.load(Ordering::Acquire) {
+        // No VM can be ours yet.
+        param::set_wants_tdp_mmu(on);
+        return Ok(());
+    }
     let _ownership = OWNERSHIP.lock();
     if on == param::wants_tdp_mmu() {
         return Ok(());
