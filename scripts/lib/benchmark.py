@@ -118,8 +118,8 @@ class Table:
             for owner in OWNERS:
                 values = row.values[owner]
                 if max(values) - min(values) > tolerance * row.figure(owner):
-                    shown = " ".join(_shown(value, row.unit) for value in values)
-                    lines.append(f"{row.name}: {owner} {shown} {row.unit}")
+                    shown, unit = _shown(values, row.unit)
+                    lines.append(f"{row.name}: {owner} {' '.join(shown)} {unit}")
         return lines
 
     def write(self, path):
@@ -137,16 +137,17 @@ def text(results):
     width = max(len(item["row"]) for item in results)
     lines = [f"{'':{width}} {'in-tree':>14} {'rmmu':>14} {'ratio':>7}"]
     for item in results:
-        cells = (_shown(item[key], item["unit"]) for key in ("in_tree", "rmmu"))
+        cells, unit = _shown((item["in_tree"], item["rmmu"]), item["unit"])
         lines.append(f"{item['row']:{width}} " + " ".join(f"{cell:>14}" for cell in cells) + f" {item['ratio']:7.3f}"
-                     f"  {item['unit']}")
+                     f"  {unit}")
     return "\n".join(lines)
 
 
-def _shown(value, unit):
-    if unit == "ns" and value >= 1e5:
-        return f"{value / 1e6:,.2f} ms"
-    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:,.1f}"
+def _shown(values, unit):
+    """Figures of one row as texts, and the unit that they are in then."""
+    if unit == "ns" and max(values) >= 1e5:
+        return [f"{value / 1e6:,.2f}" for value in values], "ms"
+    return [f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:,.1f}" for value in values], unit
 
 
 def differences(results, earlier, tolerance=0.01):
