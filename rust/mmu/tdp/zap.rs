@@ -123,8 +123,13 @@ impl Tdp {
     }
 
     /// Empties a root to which the caller holds a reference.
+    ///
+    /// From small to large, so that no step takes long. A kernel that is to prove its MMU begins with 1G, as in-tree KVM does
+    /// there: whole tables go at once, as otherwise only for a huge fault.
     pub(super) fn zap_root<H: Host, L: MmuLocked>(&self, host: &H, lock: &mut L, root: &Table) {
-        for level in [Level::L4K, Level::L2M, Level::L1G, root.level()] {
+        let left_out = if cfg!(CONFIG_KVM_PROVE_MMU) { 2 } else { 0 };
+        let levels = [Level::L4K, Level::L2M, Level::L1G, root.level()];
+        for level in levels.into_iter().skip(left_out) {
             let plan = Plan {
                 range: GfnRange::new(Gfn(0), host.format().gfn_end()),
                 min_level: level,
