@@ -28,11 +28,6 @@ LINUX_GUEST = {
     "faults": ("Linux guest: faults", "count"),
 }
 
-# The modes in which a Linux guest runs by the real clock in any case. Where the emulator counts instructions, an interrupt
-# comes twice now and then (see Documentation/testing.rst). With nested paging that has done no harm; with shadow paging the
-# guest's boot ends with a storm of protection faults.
-LINUX_BY_TIME = ("npt=0",)
-
 # Upstream's perf tests: (row, command, what to look for in its output), a pattern a figure. Times are virtual seconds.
 # Of dirty_log_perf_test only what the guest does is of use: while the host works on the log the test's vCPU threads spin,
 # and by the virtual clock, which counts the instructions of all CPUs, what they spin comes in.
