@@ -1,7 +1,8 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-2.0
 # Whether the emulated CPU is one that shadow paging can be tested on: QEMU has five faults, which are
-# mended for the modes that need it (scripts/lib/emulator.py). The last shows by the virtual clock only, and is not looked for.
+# mended for the modes that need it (scripts/lib/emulator.py). The last hardly ever shows by the real clock, and is
+# not looked for.
 
 . /selftests/lib/tap.sh
 . /selftests/lib/rmmu.sh

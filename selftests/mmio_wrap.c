@@ -27,7 +27,7 @@ static void change_slots(struct vm *vm, void *page, uint64_t count)
 int main(void)
 {
 	uint8_t *base = memory(2 * PAGE_SIZE, false);
-	uint64_t zapped;
+	uint64_t mapped;
 	struct vcpu *vcpu;
 	struct vm vm;
 
@@ -40,11 +40,11 @@ int main(void)
 		bail("the first access is not one to MMIO");
 	vcpu_run_to_sync(vcpu);
 	ok(kvm_stat(vcpu->fd, "pf_mmio_spte_created") == 1, "an access to no memory leaves an entry behind");
-	zapped = kvm_stat(vm.fd, "pages_4k");
+	mapped = kvm_stat(vm.fd, "pages_4k");
 	change_slots(&vm, base + PAGE_SIZE, GENERATIONS / STEP - 1);
 	/* The last change of the round puts memory there. */
 	must(vm_slot(&vm, 1, GPA, PAGE_SIZE, base, 0));
-	ok(kvm_stat(vm.fd, "pages_4k") < zapped, "when the generations begin again everything is zapped");
+	ok(kvm_stat(vm.fd, "pages_4k") < mapped, "when the generations begin again everything is zapped");
 	ok(vcpu_run(vcpu) == 0 && exit_is_sync(vcpu, 4242), "memory of the same generation is memory");
 	vm_destroy(&vm);
 	return finish();

@@ -8,14 +8,15 @@ use super::{
 };
 use crate::{
     kvm::{
-        page::{self, HostPage, Lookup, NoPage},
+        page::{self, HostPage, HostWindow, Lookup, MappedPage, NoPage, WindowPlace},
         param, trace,
         vcpu::Vcpu,
         Slot,
     },
     mmu::{
+        sync::MmuLocked,
         tdp::Fault,
-        types::{Gfn, Level, Pfn},
+        types::{Gfn, GfnRange, Level, Pfn},
     },
 };
 use kernel::prelude::*;
@@ -85,6 +86,24 @@ impl Vm {
             return Err(Ok(Handled::Retry));
         }
         Ok(Backing::Page { slot, page, seq })
+    }
+
+    /// The page in the host's own page table, if it is there in a way that is for us to judge: the level at which the host
+    /// maps it, the page, and what of `range` is around it.
+    #[inline(always)]
+    pub(super) fn look<'l, L: MmuLocked>(
+        &self,
+        vcpu: &Vcpu,
+        access: &Access,
+        slot: &Slot,
+        range: GfnRange,
+        lock: &'l L,
+        place: &'l mut WindowPlace,
+    ) -> Option<(Level, MappedPage, HostWindow<'l>)> {
+        let (gfn, write) = (access.gfn, access.write);
+        let window = HostWindow::look(self.kvm, slot, gfn, range, write, lock, place)?;
+        self.looked(vcpu, window.level.is_some());
+        Some((window.level?, window.page(gfn)?, window))
     }
 
     /// The host's page; or how the fault ends without one.

@@ -358,10 +358,14 @@ impl Vm {
         if !vcpu.mmu().direct() {
             return self.guest_fault(vcpu, access, level);
         }
-        if !param::tdp_mmu() {
-            return self.direct_fault(vcpu, access, level);
+        let slot = vcpu.slot(access.gfn);
+        if self.writes_tracked_frame(access, slot) {
+            return Ok(Handled::WriteProtected { own_table: false });
         }
-        self.tdp_fault(vcpu, access, level)
+        if !param::tdp_mmu() {
+            return self.direct_fault(vcpu, access, slot, level);
+        }
+        self.tdp_fault(vcpu, access, slot, level)
     }
 
     /// Prints the entries on the way to `gpa`; `kvm_mmu_print_sptes()`.

@@ -198,12 +198,9 @@ impl Vm {
         &self,
         vcpu: &Vcpu,
         access: &Access,
+        slot: Option<&Slot>,
         level: &mut Level,
     ) -> Result<Handled> {
-        let slot = vcpu.slot(access.gfn);
-        if self.writes_tracked_frame(access, slot) {
-            return Ok(Handled::WriteProtected { own_table: false });
-        }
         if let Some(handled) = self.fast_direct(vcpu, access, slot) {
             return Ok(handled);
         }
@@ -289,20 +286,8 @@ impl Vm {
             return Some(Err(Ok(Handled::Retry)));
         }
         let mut place = HostWindow::PLACE;
-        let host = HostWindow::look(
-            self.kvm,
-            slot,
-            access.gfn,
-            alone,
-            access.write,
-            lock.held(),
-            &mut place,
-        )?;
-        self.looked(vcpu, host.level.is_some());
-        let backing = ReadyBacking::Resident {
-            level: host.level?,
-            page: host.page(access.gfn)?,
-        };
+        let (level, page, _) = self.look(vcpu, access, slot, alone, lock.held(), &mut place)?;
+        let backing = ReadyBacking::Resident { level, page };
         Some(Ok(Ready {
             lock,
             root,

@@ -50,12 +50,9 @@ impl Vm {
         &self,
         vcpu: &Vcpu,
         access: &Access,
+        slot: Option<&Slot>,
         level: &mut Level,
     ) -> Result<Handled> {
-        let slot = vcpu.slot(access.gfn);
-        if self.writes_tracked_frame(access, slot) {
-            return Ok(Handled::WriteProtected { own_table: false });
-        }
         if let Some(handled) = self.fast(vcpu, access, slot) {
             return Ok(handled);
         }
@@ -102,17 +99,8 @@ impl Vm {
         }
         let range = self.range_around(vcpu, access, slot, root, &lock);
         let mut place = HostWindow::PLACE;
-        let host = HostWindow::look(
-            self.kvm,
-            slot,
-            access.gfn,
-            range,
-            access.write,
-            lock.held(),
-            &mut place,
-        )?;
-        self.looked(vcpu, host.level.is_some());
-        let (host_level, page) = (host.level?, host.page(access.gfn)?);
+        let (host_level, page, host) =
+            self.look(vcpu, access, slot, range, lock.held(), &mut place)?;
         let mut fault =
             self.fault_of_frame(vcpu, access, slot, host_level, page.pfn, page.writable);
         self.choose_level_by(&mut fault, |gfn, limit| slot.max_level(gfn, limit));
