@@ -132,13 +132,9 @@ static void vm_that_ran(void)
 
 static void vm_that_logs(void)
 {
-	struct kvm_enable_cap cap = {
-		.cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
-		.args[0] = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET,
-	};
-
 	vm_create(&vm);
-	must(ioctl(vm.fd, KVM_ENABLE_CAP, &cap));
+	vm_enable(&vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+		  KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET);
 	vcpu = vm_vcpu(&vm, obey, VM_SHARED_GPA);
 	must(vm_slot(&vm, SLOT, VM_TEST_GPA, SIZE, ram, 0));
 	if (!works(1))

@@ -468,17 +468,12 @@ static bool references_are_back(void)
 
 static void create(void)
 {
-	struct kvm_enable_cap manual = {
-		.cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
-		.args[0] = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
-	};
-
 	for (int i = 0; i < 4; i++)
 		references_before[i] = read_number(references[i]);
 	base = memory(SIZE, true);
 	area = (struct area){ .base = base, .size = SIZE, .random = next_random(&random_state) | 1 };
 	vm_create(&vm);
-	must(ioctl(vm.fd, KVM_ENABLE_CAP, &manual));
+	vm_enable(&vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE);
 	for (int slot = 0; slot < NR_SLOTS; slot++)
 		must(place_slot(slot, 0, true));
 	for (int id = 0; id < NR_VCPUS; id++) {

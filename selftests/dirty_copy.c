@@ -445,13 +445,6 @@ static bool copy_round(unsigned long number)
 	return right;
 }
 
-static void enable(int cap, uint64_t argument)
-{
-	struct kvm_enable_cap enable = { .cap = cap, .args[0] = argument };
-
-	must(ioctl(vm.fd, KVM_ENABLE_CAP, &enable));
-}
-
 static void create(void)
 {
 	memset(base, 0, SIZE);
@@ -459,15 +452,15 @@ static void create(void)
 	memset(expected, 0, SIZE);
 	vm_create(&vm);
 	if (logging == MANUAL)
-		enable(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE);
+		vm_enable(&vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE);
 	if (logging == INITIALLY_SET)
-		enable(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
-		       KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET);
+		vm_enable(&vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+			  KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET);
 	if (logging == RING)
-		enable(KVM_CAP_DIRTY_LOG_RING, RING_ENTRIES * sizeof(struct kvm_dirty_gfn));
+		vm_enable(&vm, KVM_CAP_DIRTY_LOG_RING, RING_ENTRIES * sizeof(struct kvm_dirty_gfn));
 	/* A deleted slot takes everything with it, or only what it mapped. */
 	if (below(2))
-		enable(KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_SLOT_ZAP_ALL);
+		vm_enable(&vm, KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_SLOT_ZAP_ALL);
 	for (int slot = 0; slot < NR_SLOTS; slot++)
 		must(set_slot(slot, 0));
 	for (int id = 0; id < NR_VCPUS; id++) {

@@ -124,21 +124,14 @@ static const char *const names[] = { "bitmap", "bitmap with manual clearing", "r
 
 static void start(enum method method, bool huge)
 {
-	struct kvm_enable_cap cap = { 0 };
-
 	memset(shadow, 0, sizeof(shadow));
 	base = memory(SIZE, huge);
 	memset(base, 0, SIZE);
 	vm_create(&vm);
-	if (method == MANUAL) {
-		cap.cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
-		cap.args[0] = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE;
-	} else if (method == RING) {
-		cap.cap = KVM_CAP_DIRTY_LOG_RING;
-		cap.args[0] = RING_ENTRIES * sizeof(struct kvm_dirty_gfn);
-	}
-	if (method != BITMAP)
-		must(ioctl(vm.fd, KVM_ENABLE_CAP, &cap));
+	if (method == MANUAL)
+		vm_enable(&vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE);
+	if (method == RING)
+		vm_enable(&vm, KVM_CAP_DIRTY_LOG_RING, RING_ENTRIES * sizeof(struct kvm_dirty_gfn));
 	must(vm_slot(&vm, 1, VM_TEST_GPA, SIZE, base, 0));
 	vcpu = vm_vcpu(&vm, write_pages, VM_SHARED_GPA);
 	if (method == RING) {

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
  * What happens to the host's mapping must happen to the guest's: discarding, write
- * protection, remapping, copy-on-write after fork, page merging, huge pages made and split.
+ * protection, remapping, copy-on-write after fork, page merging, huge pages made and split; and its end.
  */
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -198,9 +199,54 @@ static void check_huge_pages(void)
 	ok(host_sees(base, 12000), "after that every page can be written");
 }
 
+/*
+ * A VM outlives the process that made it, in another that has its file: then its memory is gone, and nothing may
+ * be mapped any more.
+ */
+static void check_owner_gone(void)
+{
+	int gone[2], found[2], status, stats;
+	uint64_t pages = ~0UL, deadline;
+	pid_t owner;
+
+	must(pipe(gone));
+	must(pipe(found));
+	fflush(stdout);
+	owner = must(fork());
+	if (!owner) {
+		vm_create(&vm);
+		must(vm_slot(&vm, 1, VM_TEST_GPA, SIZE, memory(SIZE, false), 0));
+		worker = vm_vcpu(&vm, whole_memory, VM_SHARED_GPA);
+		stats = must(ioctl(vm.fd, KVM_GET_STATS_FD, 0));
+		if (!must(fork())) {
+			/* The heir. The kernel may keep the owner's memory a little longer than its files. */
+			close(gone[1]);
+			must(read(gone[0], &status, 1));
+			deadline = deadline_ms(20000);
+			do
+				pages = kvm_stat_of(stats, "pages_4k");
+			while (pages && now_ms() < deadline && !usleep(1000));
+			must(write(found[1], &pages, sizeof(pages)));
+			_exit(0);
+		}
+		guest_writes(13000);
+		_exit(kvm_stat_of(stats, "pages_4k") >= PAGES ? 0 : 1);
+	}
+	close(gone[1]);
+	close(found[1]);
+	must(waitpid(owner, &status, 0));
+	if (read(found[0], &pages, sizeof(pages)) != sizeof(pages))
+		bail("the heir of the VM died");
+	ok(WIFEXITED(status) && WEXITSTATUS(status) == 0 && pages == 0,
+	   "when the process ends nothing is mapped in a VM that lives on (%lu pages are)", pages);
+	close(gone[0]);
+	close(found[0]);
+}
+
 int main(void)
 {
-	plan(20);
+	plan(21);
+	check_owner_gone();
 	base = memory(SIZE, false);
 	vm_create(&vm);
 	must(vm_slot(&vm, 1, VM_TEST_GPA, SIZE, base, 0));

@@ -27,7 +27,7 @@
 #define HUGE_PAGES	2UL
 
 #define TABLE		(VM_SCRATCH_GPA + 0x0000)
-#define NESTED_TABLES	(VM_SCRATCH_GPA + 0x1000)	/* root, pointers, four directories */
+#define NESTED_TABLES	(VM_SCRATCH_GPA + 0x1000)	/* SVM_IDENTITY_PAGES */
 #define VMCB		(VM_SCRATCH_GPA + 0x8000)
 #define SAVE_AREA	(VM_SCRATCH_GPA + 0x9000)
 #define INNER_STACK	(VM_SCRATCH_GPA + 0xb000)
@@ -65,25 +65,11 @@ guest_code void touch(uint64_t shared)
 		command->loaded = load(command->address + i * command->step);
 }
 
-guest_code void inner(void)
+guest_code void inner(uint64_t shared)
 {
-	touch(VM_SHARED_GPA);
+	touch(shared);
 	for (;;)
 		__asm__ volatile("vmmcall");
-}
-
-/* 0, or what the nested guest ended with instead. */
-guest_code uint64_t run_inner(uint64_t code)
-{
-	store(VMCB + VMCB_RIP, code);
-	store(VMCB + VMCB_RSP, INNER_STACK - 8);
-	/* All registers but these are the nested guest's afterwards. Below the stack pointer is the compiler's. */
-	__asm__ volatile("lea -128(%%rsp), %%rsp; push %%rbp; vmrun %%rax; pop %%rbp; lea 128(%%rsp), %%rsp"
-			 : : "a"(VMCB)
-			 : "rbx", "rcx", "rdx", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
-			   "memory", "cc");
-	*(volatile uint8_t *)(VMCB + VMCB_TLB_CONTROL) = 0;
-	return load(VMCB + VMCB_EXIT_CODE) - EXIT_VMMCALL;
 }
 
 guest_code void play(uint64_t shared)
@@ -97,7 +83,7 @@ guest_code void play(uint64_t shared)
 		switch (command->kind) {
 		case TOUCH:
 			if (command->nested)
-				wrong = run_inner(command->inner);
+				wrong = svm_run(VMCB, INNER_STACK, command->inner, shared) - EXIT_VMMCALL;
 			else
 				touch(shared);
 			break;
@@ -162,19 +148,6 @@ static uint64_t directory(struct scene *scene, uint64_t gib)
 	return pointers[gib] & ~0xfffUL;
 }
 
-static void nested_tables(struct scene *scene)
-{
-	entries(scene, NESTED_TABLES)[0] = (NESTED_TABLES + PAGE_SIZE) | ENTRY;
-	for (uint64_t gib = 0; gib < 4; gib++) {
-		uint64_t table = NESTED_TABLES + (2 + gib) * PAGE_SIZE;
-
-		entries(scene, NESTED_TABLES + PAGE_SIZE)[gib] = table | ENTRY;
-		for (uint64_t i = 0; i < 512; i++)
-			entries(scene, table)[i] = (gib * GIB + i * HUGE_SIZE) | LARGE_ENTRY;
-	}
-	*entries(scene, VMCB + VMCB_NCR3) = NESTED_TABLES;
-}
-
 static void *filled(uint64_t pages, uint64_t step, bool huge)
 {
 	uint8_t *hva = memory(pages * step, huge);
@@ -199,7 +172,6 @@ static void find_counters(struct scene *scene)
 static void begin(struct scene *scene, bool prefetch)
 {
 	struct kvm_sregs sregs;
-	struct kvm_regs regs;
 
 	if (!write_file(PREFETCH, prefetch ? "1" : "0"))
 		bail(PREFETCH ": %m");
@@ -215,10 +187,9 @@ static void begin(struct scene *scene, bool prefetch)
 	if (scene->nested) {
 		must(ioctl(scene->vcpu->fd, KVM_GET_SREGS, &sregs));
 		svm_prepare(scene->vcpu, VMCB, SAVE_AREA, sregs.cr3);
-		nested_tables(scene);
+		svm_identity(&scene->vm, VMCB, NESTED_TABLES);
 	}
-	must(ioctl(scene->vcpu->fd, KVM_GET_REGS, &regs));
-	scene->command->inner = regs.rip + ((char *)inner - (char *)play);
+	scene->command->inner = vm_code(inner);
 	for (uint64_t i = 0; i < SMALL_PAGES; i++)
 		entries(scene, TABLE)[i] = (SMALL_GPA + i * PAGE_SIZE) | ENTRY;
 	entries(scene, directory(scene, SMALL_GPA / GIB))[0] = TABLE | ENTRY;

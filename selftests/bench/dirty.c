@@ -28,9 +28,6 @@ static void get_and_clear(struct vm *vm)
 /* The guest writes every page, the log is read and cleared, and again. By the write bit: SVM has no log of its own. */
 static void dirty_pass(const struct row *row)
 {
-	struct kvm_enable_cap manual = {
-		.cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, .args = { KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE },
-	};
 	struct touch order = { .base = VM_TEST_GPA, .pages = PASS_PAGES, .count = PASS_PAGES, .write = 1 };
 	uint64_t redirty = 0, clear = 0, begin;
 	struct vcpu *vcpu;
@@ -38,7 +35,7 @@ static void dirty_pass(const struct row *row)
 	struct vm vm;
 
 	bench_vm(&vm);
-	must(ioctl(vm.fd, KVM_ENABLE_CAP, &manual));
+	vm_enable(&vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE);
 	base = backing_map(ANON, PASS_SIZE, true);
 	must(vm_slot(&vm, 0, VM_TEST_GPA, PASS_SIZE, base, 0));
 	vcpu = touch_vcpu(&vm);

@@ -22,7 +22,9 @@
 #define PARAMETERS	"/sys/module/kvm_rmmu/parameters/"
 #define STATS		"/sys/kernel/debug/rmmu/stats"
 
-static const struct row *const groups[] = { fault_rows, dirty_rows, zap_rows, snapshot_rows, shadow_rows };
+static const struct row *const groups[] = {
+	fault_rows, dirty_rows, zap_rows, snapshot_rows, nested_rows, shadow_rows
+};
 static const char *const owners[] = { "in-tree", "rmmu" };
 
 static int rounds = 3, round_number, owner;

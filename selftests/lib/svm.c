@@ -13,6 +13,9 @@
 #define CR4_PAE		(1UL << 5)
 #define MSR_VM_HSAVE_PA	0xc0010117
 
+#define NESTED_NONLEAF	0x67UL	/* present, writable, user, accessed, dirty */
+#define NESTED_LARGE	0xe7UL
+
 static void segment(uint8_t *vmcb, int offset, uint16_t selector, uint16_t attributes)
 {
 	uint32_t limit = ~0U;
@@ -58,4 +61,16 @@ void svm_prepare(struct vcpu *vcpu, uint64_t vmcb_gpa, uint64_t save_area, uint6
 	set(vmcb, 0x668, 0x0007040600070406);
 	if (ioctl(vcpu->fd, KVM_SET_MSRS, &msr) != 1)
 		bail("KVM_SET_MSRS: %m");
+}
+
+void svm_identity(struct vm *vm, uint64_t vmcb, uint64_t tables)
+{
+	uint64_t *root = (void *)(vm->low + tables), *pointers = root + PAGE_SIZE / 8;
+
+	root[0] = (tables + PAGE_SIZE) | NESTED_NONLEAF;
+	for (uint64_t gib = 0; gib < 4; gib++)
+		pointers[gib] = (tables + (2 + gib) * PAGE_SIZE) | NESTED_NONLEAF;
+	for (uint64_t gpa = 0; gpa < 4 * GIB; gpa += HUGE_SIZE)
+		*svm_identity_entry(vm, tables, gpa) = gpa | NESTED_LARGE;
+	set(vm->low + vmcb, VMCB_NCR3, tables);
 }

@@ -26,5 +26,29 @@
  */
 void svm_prepare(struct vcpu *vcpu, uint64_t vmcb, uint64_t save_area, uint64_t cr3);
 
+/* Nested page tables, in so many pages at `tables`, that map the first 4 GiB one to one, in 2M pages. */
+#define SVM_IDENTITY_PAGES	6
+void svm_identity(struct vm *vm, uint64_t vmcb, uint64_t tables);
+/* The entry of svm_identity()'s tables that maps 2 MiB at `gpa`, by the place of the tables. */
+static inline uint64_t *svm_identity_entry(struct vm *vm, uint64_t tables, uint64_t gpa)
+{
+	return (uint64_t *)(vm->low + tables + 2 * PAGE_SIZE) + gpa / HUGE_SIZE;
+}
+
+/* For the hypervisor: lets its guest run code(argument). Returns the exit code. */
+guest_inline uint64_t svm_run(uint64_t vmcb, uint64_t stack, uint64_t code, uint64_t argument)
+{
+	store(vmcb + VMCB_RIP, code);
+	/* As after a call: 8 below a multiple of 16. */
+	store(vmcb + VMCB_RSP, stack - 8);
+	/* All registers but these are the nested guest's afterwards. Below the stack pointer is the compiler's. */
+	__asm__ volatile("lea -128(%%rsp), %%rsp; push %%rbp; vmrun %%rax; pop %%rbp; lea 128(%%rsp), %%rsp"
+			 : "+a"(vmcb), "+D"(argument) :
+			 : "rbx", "rcx", "rdx", "rsi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
+			   "memory", "cc");
+	*(volatile uint8_t *)(vmcb + VMCB_TLB_CONTROL) = 0;
+	return load(vmcb + VMCB_EXIT_CODE);
+}
+
 #endif
 #endif

@@ -89,6 +89,13 @@ int vm_cap(struct vm *vm, int cap)
 	return ioctl(vm->fd, KVM_CHECK_EXTENSION, cap);
 }
 
+void vm_enable(struct vm *vm, int cap, uint64_t argument)
+{
+	struct kvm_enable_cap enable = { .cap = cap, .args[0] = argument };
+
+	must(ioctl(vm->fd, KVM_ENABLE_CAP, &enable));
+}
+
 static void set_cpuid(struct vcpu *vcpu)
 {
 	size_t entries = 128;
@@ -128,6 +135,11 @@ static void enter_long_mode(struct vcpu *vcpu)
 	must(ioctl(vcpu->fd, KVM_SET_SREGS, &sregs));
 }
 
+uint64_t vm_code(void (*code)(uint64_t))
+{
+	return CODE_GPA + ((char *)code - __start_guest);
+}
+
 struct vcpu *vm_vcpu(struct vm *vm, void (*code)(uint64_t), uint64_t argument)
 {
 	struct vcpu *vcpu = &vm->vcpus[vm->nr_vcpus];
@@ -144,7 +156,7 @@ struct vcpu *vm_vcpu(struct vm *vm, void (*code)(uint64_t), uint64_t argument)
 		bail("mmap of a vCPU: %m");
 	set_cpuid(vcpu);
 	enter_long_mode(vcpu);
-	regs.rip = CODE_GPA + ((char *)code - __start_guest);
+	regs.rip = vm_code(code);
 	regs.rdi = argument;
 	/* As after a call: 8 below a multiple of 16. */
 	regs.rsp = STACK_TOP - vcpu->id * STACK_SIZE - 8;
@@ -196,10 +208,9 @@ bool exit_is_mmio(struct vcpu *vcpu, uint64_t gpa, bool write)
 	return run->mmio.phys_addr == gpa && run->mmio.is_write == write;
 }
 
-uint64_t kvm_stat(int fd, const char *name)
+uint64_t kvm_stat_of(int stats, const char *name)
 {
 	struct kvm_stats_header header;
-	int stats = must(ioctl(fd, KVM_GET_STATS_FD, 0));
 	struct kvm_stats_desc *desc;
 	uint64_t value = 0;
 	bool found = false;
@@ -216,9 +227,17 @@ uint64_t kvm_stat(int fd, const char *name)
 		}
 	}
 	free(desc);
-	close(stats);
 	if (!found)
 		bail("KVM has no statistic %s", name);
+	return value;
+}
+
+uint64_t kvm_stat(int fd, const char *name)
+{
+	int stats = must(ioctl(fd, KVM_GET_STATS_FD, 0));
+	uint64_t value = kvm_stat_of(stats, name);
+
+	close(stats);
 	return value;
 }
 

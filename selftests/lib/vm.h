@@ -52,9 +52,15 @@ void vm_destroy(struct vm *vm);
 /* 0, or -1 with errno. Size 0 deletes. */
 int vm_slot(struct vm *vm, int slot, uint64_t gpa, uint64_t size, void *hva, uint32_t flags);
 struct vcpu *vm_vcpu(struct vm *vm, void (*code)(uint64_t), uint64_t argument);
+/* Where the guest has a function that is marked `guest_code`. */
+uint64_t vm_code(void (*code)(uint64_t));
 /* A binary statistic of the VM or vCPU, by name; bails out when there is none. */
 uint64_t kvm_stat(int fd, const char *name);
+/* The same, by the file that KVM_GET_STATS_FD has made, which processes other than the VM's may read. */
+uint64_t kvm_stat_of(int stats, const char *name);
 int vm_cap(struct vm *vm, int cap);
+/* KVM_ENABLE_CAP with its first argument; bails out when KVM refuses. */
+void vm_enable(struct vm *vm, int cap, uint64_t argument);
 
 /* KVM_RUN until an exit that is the test's business; -1 with errno when it fails. */
 int vcpu_run(struct vcpu *vcpu);
