@@ -9,12 +9,17 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 
+#include "host.h"
 #include "vm.h"
 
 #define PAGES	2048UL
 #define SIZE	(PAGES * PAGE_SIZE)
 #define ROUNDS	8
 #define RING_ENTRIES 4096
+#define EAGER	KVM_PARAMETERS "eager_page_split"
+/* A slot begins so many pages into a huge page; the 64 pages from another one on lie half in the next huge page. */
+#define SHIFT	32UL
+#define ACROSS	(1024UL - 32)
 
 struct order {
 	uint64_t seed, writes, round;
@@ -32,6 +37,21 @@ static guest_code void write_pages(uint64_t shared)
 			state = state * 6364136223846793005UL + 1442695040888963407UL;
 			store(VM_TEST_GPA + (state >> 33) % PAGES * PAGE_SIZE + 8, order->round);
 		}
+		guest_sync(1);
+	}
+}
+
+struct span {
+	uint64_t first, count, step;
+};
+
+static guest_code void write_span(uint64_t shared)
+{
+	volatile struct span *span = (void *)shared;
+
+	for (;;) {
+		for (uint64_t i = 0; i < span->count; i++)
+			store(VM_TEST_GPA + (span->first + i * span->step) * PAGE_SIZE, i);
 		guest_sync(1);
 	}
 }
@@ -187,9 +207,58 @@ static void with(enum method method, bool huge)
 	stop(method);
 }
 
+/*
+ * All pages are dirty at first, and huge pages writable until a part of them is made clean. 64 pages that are made clean at
+ * once lie in two huge pages, both of which have to be taken apart.
+ */
+static void initially_set(const char *eager)
+{
+	static uint8_t logged[PAGES], wanted[PAGES];
+	struct kvm_clear_dirty_log clear = { .slot = 1, .first_page = ACROSS - SHIFT, .num_pages = 64 };
+	uint8_t all[8];
+	uint64_t huge;
+
+	memset(all, 0xff, sizeof(all));
+	clear.dirty_bitmap = all;
+	if (!write_file(EAGER, eager))
+		bail(EAGER ": %m");
+	base = memory(SIZE, true);
+	memset(base, 0, SIZE);
+	vm_create(&vm);
+	vm_enable(&vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+		  KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET);
+	must(vm_slot(&vm, 1, VM_TEST_GPA + SHIFT * PAGE_SIZE, SIZE - SHIFT * PAGE_SIZE, base + SHIFT * PAGE_SIZE, 0));
+	vcpu = vm_vcpu(&vm, write_span, VM_SHARED_GPA);
+	*(struct span *)vm.shared = (struct span){ SHIFT, PAGES - SHIFT, 1 };
+	vcpu_run_to_sync(vcpu);
+	huge = kvm_stat(vm.fd, "pages_2m");
+	must(vm_slot(&vm, 1, VM_TEST_GPA + SHIFT * PAGE_SIZE, SIZE - SHIFT * PAGE_SIZE, base + SHIFT * PAGE_SIZE,
+		     KVM_MEM_LOG_DIRTY_PAGES));
+	must(ioctl(vm.fd, KVM_CLEAR_DIRTY_LOG, &clear));
+	*(struct span *)vm.shared = (struct span){ ACROSS + 8, 3, 22 };
+	vcpu_run_to_sync(vcpu);
+	get_bitmap(logged);
+	memset(wanted, 1, PAGES);
+	for (int page = 0; page < 64; page++)
+		wanted[ACROSS - SHIFT + page] = page >= 8 && (page - 8) % 22 == 0;
+	/* Behind the end of the slot. */
+	memset(wanted + PAGES - SHIFT, 1, SHIFT);
+	memset(logged + PAGES - SHIFT, 1, SHIFT);
+	ok(huge >= 3 && !memcmp(logged, wanted, PAGES),
+	   "all dirty at first, huge pages split %s: what is made clean across two huge pages is logged again",
+	   eager[0] == 'Y' ? "early" : "by faults");
+	stop(MANUAL);
+}
+
 int main(void)
 {
-	plan(15);
+	char eager[8] = "";
+
+	read_word(EAGER, eager, sizeof(eager));
+	plan(17);
+	initially_set("Y");
+	initially_set("N");
+	write_file(EAGER, eager);
 	for (enum method method = BITMAP; method <= RING; method++) {
 		with(method, false);
 		with(method, true);

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
  * What happens to memory must happen to a nested guest, too, be its hypervisor running at that time or the nested guest
- * itself: slots deleted, made again and read-only, memory that the host discards or protects, the dirty log. The
+ * itself: slots deleted, made again and read-only, memory that the host discards, protects or ages, the dirty log. The
  * hypervisor maps a part of the memory in pages of 4K, and others in pages of 2M, of which the host backs one with 4K. A
- * deleted slot takes all tables with it, as is KVM's custom, or only its own.
+ * deleted slot takes all that is mapped with it, as is KVM's custom, or only its own.
  */
 #include <errno.h>
 #include <string.h>
@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "host.h"
+#include "idle.h"
 #include "svm.h"
 
 #define SIZE		HUGE_SIZE
@@ -20,7 +21,9 @@
 #define VMCB		(TABLES + SVM_IDENTITY_PAGES * PAGE_SIZE)
 #define SAVE_AREA	(VMCB + PAGE_SIZE)
 #define INNER_STACK	(SAVE_AREA + 2 * PAGE_SIZE)
-#define SMALL_TABLE	INNER_STACK
+/* The hypervisor's table of the last level, for the region that it maps in pages of 4K, has a slot of its own. */
+#define TABLE_GPA	(2 * GIB)
+#define TABLE_SLOT	2
 #define ENTRY		0x67UL	/* present, writable, user, accessed, dirty */
 
 /* In the shared page: an access to each page of a region, by the nested guest. */
@@ -80,6 +83,7 @@ struct region {
 
 static struct vm vm;
 static struct vcpu *vcpu;
+static uint64_t *table;
 static bool stays;	/* the nested guest is in charge while things happen */
 static const char *who;
 
@@ -221,10 +225,54 @@ static void check_dirty_log(const struct region *region)
 	ok(wrong_pages(region, 7000) == 0, "%s, %s: and nothing is lost when it ends", who, region->name);
 }
 
+/* The kernel learns which pages the nested guest uses. */
+static void check_aging(const struct region *region)
+{
+	uint64_t wrong = 0;
+
+	if (!idle_available()) {
+		skip("which pages are used", "the kernel has no idle page tracking");
+		return;
+	}
+	write_pages(region, 0, PAGES, 9000);
+	idle_mark(&vm, region->base, PAGES);
+	run((struct order){ .address = region->gpa + 7 * PAGE_SIZE, .count = 100 });
+	for (uint64_t page = 0; page < PAGES; page++)
+		wrong += idle(region->base + page * PAGE_SIZE) == (page >= 7 && page < 107);
+	ok(wrong == 0, "%s, %s: pages that it reads are used, and no others (%lu wrong)", who, region->name, wrong);
+}
+
+/* The nested guest loads a word of a page; `value` if the page is mapped to what has it. */
+static bool reads(const struct region *region, uint64_t page, uint64_t value)
+{
+	return run((struct order){ .address = region->gpa + page * PAGE_SIZE, .count = 1, .value = value }) == 0;
+}
+
+/* The table that maps the region goes with its slot, and another one comes. */
+static void check_slot_of_table(const struct region *region)
+{
+	uint64_t *first = table, *second = memory(PAGE_SIZE, false);
+	uint32_t said;
+
+	for (uint64_t page = 0; page < PAGES; page++)
+		second[page] = (region->gpa + (PAGES - 1 - page) * PAGE_SIZE) | ENTRY;
+	write_pages(region, 0, PAGES, 8000);
+	must(vm_slot(&vm, TABLE_SLOT, TABLE_GPA, 0, first, 0));
+	give((struct order){ .address = region->gpa + 3 * PAGE_SIZE, .count = 1 });
+	said = vcpu_run_to_sync(vcpu);
+	ok(said == EXIT_NPF, "%s, %s: without its table the memory is not mapped (exit code 0x%x)", who, region->name, said);
+	must(vm_slot(&vm, TABLE_SLOT, TABLE_GPA, PAGE_SIZE, second, 0));
+	ok(reads(region, 3, 8000 + PAGES - 4) && reads(region, PAGES - 1, 8000), "%s, %s: another table in its place counts",
+	   who, region->name);
+	must(vm_slot(&vm, TABLE_SLOT, TABLE_GPA, 0, second, 0));
+	must(vm_slot(&vm, TABLE_SLOT, TABLE_GPA, PAGE_SIZE, first, 0));
+	ok(wrong_pages(region, 8000) == 0, "%s, %s: and then the first one again", who, region->name);
+	munmap(second, PAGE_SIZE);
+}
+
 static void check(struct region *region, bool only_own)
 {
 	struct kvm_sregs sregs;
-	uint64_t *entry;
 
 	vm_create(&vm);
 	if (only_own)
@@ -236,10 +284,11 @@ static void check(struct region *region, bool only_own)
 	svm_prepare(vcpu, VMCB, SAVE_AREA, sregs.cr3);
 	svm_identity(&vm, VMCB, TABLES);
 	if (region->by_4k) {
-		entry = (void *)(vm.low + SMALL_TABLE);
-		for (uint64_t at = 0; at < SIZE; at += PAGE_SIZE)
-			*entry++ = (region->gpa + at) | ENTRY;
-		*svm_identity_entry(&vm, TABLES, region->gpa) = SMALL_TABLE | ENTRY;
+		table = memory(PAGE_SIZE, false);
+		must(vm_slot(&vm, TABLE_SLOT, TABLE_GPA, PAGE_SIZE, table, 0));
+		for (uint64_t page = 0; page < PAGES; page++)
+			table[page] = (region->gpa + page * PAGE_SIZE) | ENTRY;
+		*svm_identity_entry(&vm, TABLES, region->gpa) = TABLE_GPA | ENTRY;
 	}
 	for (int i = 0; i < 2; i++) {
 		stays = i;
@@ -247,8 +296,14 @@ static void check(struct region *region, bool only_own)
 		check_slots(region);
 		check_notifier(region);
 		check_dirty_log(region);
+		if (!region->huge)
+			check_aging(region);
+		if (region->by_4k)
+			check_slot_of_table(region);
 	}
 	vm_destroy(&vm);
+	if (region->by_4k)
+		munmap(table, PAGE_SIZE);
 	munmap(region->base, SIZE);
 }
 
@@ -263,7 +318,7 @@ int main(void)
 
 	if (kvm_paging() == SHADOW || access("/sys/module/kvm_amd", F_OK))
 		skip_all("the nested guest is one of SVM, with nested paging");
-	plan(2 * 4 * 2 * 11);
+	plan(2 * 2 * (4 * 11 + 2 * 1 + 2 * 3));
 	for (int only_own = 0; only_own < 2; only_own++) {
 		note("a deleted slot takes %s", only_own ? "its own pages with it" : "everything with it");
 		for (int i = 0; i < 4; i++)
