@@ -22,8 +22,11 @@
 #define SAVE_AREA	(VMCB + PAGE_SIZE)
 #define INNER_STACK	(SAVE_AREA + 2 * PAGE_SIZE)
 /* The hypervisor's table of the last level, for the region that it maps in pages of 4K, has a slot of its own. */
-#define TABLE_GPA	(2 * GIB)
 #define TABLE_SLOT	2
+#define TABLE_SLOT_GPA	(2 * GIB)
+#define TABLE_SLOT_SIZE	(16 * PAGE_SIZE)
+#define TABLE_PLACE	(8 * PAGE_SIZE)
+#define TABLE_GPA	(TABLE_SLOT_GPA + TABLE_PLACE)
 #define ENTRY		0x67UL	/* present, writable, user, accessed, dirty */
 
 /* In the shared page: an access to each page of a region, by the nested guest. */
@@ -33,6 +36,8 @@ struct order {
 	uint64_t last;				/* what the last load found */
 	uint64_t leave;				/* to the hypervisor; or else the nested guest stays in charge */
 	uint64_t inner;				/* the nested guest's code */
+	uint64_t load;				/* the hypervisor loads from there before, or does not */
+	uint64_t store, entry;			/* and stores an entry there, and flushes */
 };
 
 /* Who says that an order is done. */
@@ -68,8 +73,15 @@ static guest_code void hypervisor(uint64_t shared)
 	volatile struct order *order = (void *)shared;
 
 	for (;;) {
-		uint64_t exit = svm_run(VMCB, INNER_STACK, order->inner, shared);
+		uint64_t exit;
 
+		if (order->load)
+			load(order->load);
+		if (order->store) {
+			store(order->store, order->entry);
+			*(volatile uint8_t *)(VMCB + VMCB_TLB_CONTROL) = 1;
+		}
+		exit = svm_run(VMCB, INNER_STACK, order->inner, shared);
 		guest_sync(exit == EXIT_VMMCALL ? HYPERVISOR : exit);
 	}
 }
@@ -83,7 +95,7 @@ struct region {
 
 static struct vm vm;
 static struct vcpu *vcpu;
-static uint64_t *table;
+static uint8_t *table_slot;
 static bool stays;	/* the nested guest is in charge while things happen */
 static const char *who;
 
@@ -248,26 +260,63 @@ static bool reads(const struct region *region, uint64_t page, uint64_t value)
 	return run((struct order){ .address = region->gpa + page * PAGE_SIZE, .count = 1, .value = value }) == 0;
 }
 
+/* Memory for the table's slot, with a table that maps the region one to one, or its last page first. */
+static uint8_t *table_memory(const struct region *region, bool reversed)
+{
+	uint8_t *base = memory(TABLE_SLOT_SIZE, false);
+	uint64_t *entry = (void *)(base + TABLE_PLACE);
+
+	memset(base, 0, TABLE_SLOT_SIZE);
+	for (uint64_t page = 0; page < PAGES; page++)
+		entry[reversed ? PAGES - 1 - page : page] = (region->gpa + page * PAGE_SIZE) | ENTRY;
+	return base;
+}
+
+static void put_table(uint8_t *base)
+{
+	must(vm_slot(&vm, TABLE_SLOT, TABLE_SLOT_GPA, base ? TABLE_SLOT_SIZE : 0, base, 0));
+}
+
 /* The table that maps the region goes with its slot, and another one comes. */
 static void check_slot_of_table(const struct region *region)
 {
-	uint64_t *first = table, *second = memory(PAGE_SIZE, false);
+	uint8_t *second = table_memory(region, true);
 	uint32_t said;
 
-	for (uint64_t page = 0; page < PAGES; page++)
-		second[page] = (region->gpa + (PAGES - 1 - page) * PAGE_SIZE) | ENTRY;
 	write_pages(region, 0, PAGES, 8000);
-	must(vm_slot(&vm, TABLE_SLOT, TABLE_GPA, 0, first, 0));
+	put_table(NULL);
 	give((struct order){ .address = region->gpa + 3 * PAGE_SIZE, .count = 1 });
 	said = vcpu_run_to_sync(vcpu);
 	ok(said == EXIT_NPF, "%s, %s: without its table the memory is not mapped (exit code 0x%x)", who, region->name, said);
-	must(vm_slot(&vm, TABLE_SLOT, TABLE_GPA, PAGE_SIZE, second, 0));
+	put_table(second);
 	ok(reads(region, 3, 8000 + PAGES - 4) && reads(region, PAGES - 1, 8000), "%s, %s: another table in its place counts",
 	   who, region->name);
-	must(vm_slot(&vm, TABLE_SLOT, TABLE_GPA, 0, second, 0));
-	must(vm_slot(&vm, TABLE_SLOT, TABLE_GPA, PAGE_SIZE, first, 0));
+	put_table(NULL);
+	put_table(table_slot);
 	ok(wrong_pages(region, 8000) == 0, "%s, %s: and then the first one again", who, region->name);
-	munmap(second, PAGE_SIZE);
+	munmap(second, TABLE_SLOT_SIZE);
+}
+
+/*
+ * The table's frame is not mapped for the hypervisor when it uses a neighbour, with which the frame may be mapped. What the
+ * hypervisor then writes to the table must count.
+ */
+static void check_neighbours_of_table(const struct region *region)
+{
+	struct order order = {
+		.address = region->gpa + 20 * PAGE_SIZE, .count = 1, .value = 8030, .load = TABLE_SLOT_GPA,
+		.store = TABLE_GPA + 20 * 8, .entry = (region->gpa + 30 * PAGE_SIZE) | ENTRY,
+	};
+
+	/* So that it is the hypervisor's turn. */
+	stays = false;
+	write_pages(region, 0, PAGES, 8000);
+	must(mprotect(table_slot, TABLE_SLOT_SIZE, PROT_READ));
+	must(mprotect(table_slot, TABLE_SLOT_SIZE, PROT_READ | PROT_WRITE));
+	ok(run(order) == 0, "%s: what the hypervisor writes to its table counts, wherever it was before", region->name);
+	order.value = 8020;
+	order.entry = (region->gpa + 20 * PAGE_SIZE) | ENTRY;
+	ok(run(order) == 0, "%s: and again", region->name);
 }
 
 static void check(struct region *region, bool only_own)
@@ -284,10 +333,8 @@ static void check(struct region *region, bool only_own)
 	svm_prepare(vcpu, VMCB, SAVE_AREA, sregs.cr3);
 	svm_identity(&vm, VMCB, TABLES);
 	if (region->by_4k) {
-		table = memory(PAGE_SIZE, false);
-		must(vm_slot(&vm, TABLE_SLOT, TABLE_GPA, PAGE_SIZE, table, 0));
-		for (uint64_t page = 0; page < PAGES; page++)
-			table[page] = (region->gpa + page * PAGE_SIZE) | ENTRY;
+		table_slot = table_memory(region, false);
+		put_table(table_slot);
 		*svm_identity_entry(&vm, TABLES, region->gpa) = TABLE_GPA | ENTRY;
 	}
 	for (int i = 0; i < 2; i++) {
@@ -301,9 +348,11 @@ static void check(struct region *region, bool only_own)
 		if (region->by_4k)
 			check_slot_of_table(region);
 	}
+	if (region->by_4k)
+		check_neighbours_of_table(region);
 	vm_destroy(&vm);
 	if (region->by_4k)
-		munmap(table, PAGE_SIZE);
+		munmap(table_slot, TABLE_SLOT_SIZE);
 	munmap(region->base, SIZE);
 }
 
@@ -318,7 +367,7 @@ int main(void)
 
 	if (kvm_paging() == SHADOW || access("/sys/module/kvm_amd", F_OK))
 		skip_all("the nested guest is one of SVM, with nested paging");
-	plan(2 * 2 * (4 * 11 + 2 * 1 + 2 * 3));
+	plan(2 * (2 * (4 * 11 + 2 * 1 + 2 * 3) + 2 * 2));
 	for (int only_own = 0; only_own < 2; only_own++) {
 		note("a deleted slot takes %s", only_own ? "its own pages with it" : "everything with it");
 		for (int i = 0; i < 4; i++)
