@@ -2,21 +2,23 @@
 /*
  * Faults that meet an invalidation: the host takes pages away while a vCPU faults on them, or on their neighbours. A fault
  * that found the page before must not map it any more. What is checked holds for every order of things; what makes the
- * order that matters likely is a lock that is always contended, or an invalidation that takes long.
+ * order that matters likely is a vCPU that is slow to take locks, or an invalidation that takes long.
  */
+#include <fcntl.h>
 #include <pthread.h>
-#include <sched.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "vm.h"
 
 #define ROUNDS		200
-/* Clearing the log of this takes long, and mmu_lock is held for all of it. Nothing is ever mapped there. */
-#define BUSY_SLOT	2
-#define BUSY_GPA	(8 * GIB)
-#define BUSY_SIZE	(4 * GIB)
+#define RANGE		MIB
+/* The thread that this module of ours makes slow to take locks. */
+#define SLOW_THREAD	"rmmu-slow"
+#define SLOW_LOCK	"/selftests/modules/slow_lock.ko"
 
 /* Each invalidation is of a chunk but for its last pages; the first of these is faulted on. */
 #define CHUNKS		32UL
@@ -69,18 +71,8 @@ static uint32_t said;
 
 static void *run(void *vcpu)
 {
+	must(prctl(PR_SET_NAME, SLOW_THREAD));
 	said = vcpu_run_to_sync(vcpu);
-	return NULL;
-}
-
-static void *hold_lock(void *bits)
-{
-	struct kvm_clear_dirty_log clear = {
-		.slot = BUSY_SLOT, .num_pages = BUSY_SIZE / PAGE_SIZE, .dirty_bitmap = bits,
-	};
-
-	while (!talk->stop)
-		must(ioctl(vm.fd, KVM_CLEAR_DIRTY_LOG, &clear));
 	return NULL;
 }
 
@@ -96,46 +88,44 @@ static pthread_t start(void *(*function)(void *), void *argument)
 static void begin(uint8_t *base, uint64_t size)
 {
 	vm_create(&vm);
-	vm_enable(&vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE);
 	must(vm_slot(&vm, 1, VM_TEST_GPA, size, base, 0));
 	talk = vm.shared;
 }
 
 /*
  * Discards a page that a vCPU stores to all the time, and sees whether what is stored later arrives in the page that is there
- * then. The vCPU's faults and the invalidations queue for mmu_lock, so that often enough a fault has seen the page, and an
- * invalidation comes before it. `resident`: the host has a page there before the vCPU asks for one.
+ * then. It is discarded twice: the vCPU has looked at the page for the first fault, and is on its way to mmu_lock, when that
+ * is taken away. `resident`: the host has one there before the vCPU asks for it.
  */
 static uint64_t lost_stores(bool resident)
 {
-	uint8_t *page = memory(PAGE_SIZE, false), *busy = memory(BUSY_SIZE, false), *bits = memory(BUSY_SIZE / PAGE_SIZE / 8, false);
+	uint8_t *base = memory(RANGE, false), *page = base + RANGE - PAGE_SIZE;
 	uint64_t lost = 0, deadline = deadline_ms(60000);
-	pthread_t runner, holder;
+	pthread_t runner;
 
-	memset(bits, 0xff, BUSY_SIZE / PAGE_SIZE / 8);
 	begin(page, PAGE_SIZE);
-	must(vm_slot(&vm, BUSY_SLOT, BUSY_GPA, BUSY_SIZE, busy, KVM_MEM_LOG_DIRTY_PAGES));
 	runner = start(run, vm_vcpu(&vm, store_numbers, VM_SHARED_GPA));
-	holder = start(hold_lock, bits);
-	for (int round = 0; round < ROUNDS && now_ms() < deadline; round++) {
+	for (int round = 0; round < ROUNDS; round++) {
 		uint64_t count;
 
+		memset(base, 0x77, RANGE - PAGE_SIZE);
 		must(madvise(page, PAGE_SIZE, MADV_DONTNEED));
-		count = talk->count;
 		if (resident)
 			*(volatile uint64_t *)(page + 8) = round;
+		spin_us(round % 16 * 20);
+		/* The page comes last in a range that takes a while. */
+		must(madvise(base, RANGE, MADV_DONTNEED));
+		count = talk->count;
 		/* The second store from here began after the page was gone. */
-		while (talk->count < count + 2 && now_ms() < deadline)
-			sched_yield();
+		while (talk->count < count + 2)
+			if (now_ms() > deadline)
+				bail("the guest does not go on");
 		lost += *(volatile uint64_t *)page < count + 2;
 	}
 	talk->stop = 1;
-	pthread_join(holder, NULL);
 	pthread_join(runner, NULL);
 	vm_destroy(&vm);
-	munmap(page, PAGE_SIZE);
-	munmap(busy, BUSY_SIZE);
-	munmap(bits, BUSY_SIZE / PAGE_SIZE / 8);
+	munmap(base, RANGE);
 	return lost;
 }
 
@@ -158,17 +148,27 @@ static uint32_t stale_neighbours(void)
 	return said;
 }
 
+static void slow_lock(void)
+{
+	int fd = must(open(SLOW_LOCK, O_RDONLY | O_CLOEXEC));
+
+	must(syscall(SYS_finit_module, fd, "comm=" SLOW_THREAD " us=150", 0));
+	close(fd);
+}
+
 int main(void)
 {
 	uint64_t lost;
 	uint32_t stale;
 
 	plan(3);
+	slow_lock();
 	lost = lost_stores(false);
 	ok(lost == 0, "stores go to the page that the vCPU brings in after the last one was discarded (%lu of %d do not)", lost,
 	   ROUNDS);
 	lost = lost_stores(true);
 	ok(lost == 0, "and to one that is there already (%lu of %d do not)", lost, ROUNDS);
+	must(syscall(SYS_delete_module, "slow_lock", 0));
 	stale = stale_neighbours();
 	ok(stale == 0, "pages that were going away when a neighbour was mapped are gone (%u are not)", stale);
 	return finish();
