@@ -100,13 +100,13 @@ static void begin(uint8_t *base, uint64_t size)
 static uint64_t lost_stores(bool resident)
 {
 	uint8_t *base = memory(RANGE, false), *page = base + RANGE - PAGE_SIZE;
-	uint64_t lost = 0, deadline = deadline_ms(60000);
+	uint64_t lost = 0;
 	pthread_t runner;
 
 	begin(page, PAGE_SIZE);
 	runner = start(run, vm_vcpu(&vm, store_numbers, VM_SHARED_GPA));
 	for (int round = 0; round < ROUNDS; round++) {
-		uint64_t count;
+		uint64_t count, deadline = deadline_ms(60000);
 
 		memset(base, 0x77, RANGE - PAGE_SIZE);
 		must(madvise(page, PAGE_SIZE, MADV_DONTNEED));
