@@ -47,10 +47,10 @@ bool idle(const uint8_t *page)
 	return word(pfn, 0) >> pfn % 64 & 1;
 }
 
-void idle_mark(struct vm *vm, const uint8_t *base, uint64_t pages)
+static uint64_t mark(struct vm *vm, const uint8_t *base, uint64_t pages)
 {
 	static uint8_t *memory_of_slot;
-	uint64_t pfn;
+	uint64_t pfn, left = 0;
 
 	/* New pages are on lists of a CPU's own at first, where nothing is tracked. Compaction begins by emptying these. */
 	if (!write_file("/proc/sys/vm/compact_memory", "1"))
@@ -64,6 +64,17 @@ void idle_mark(struct vm *vm, const uint8_t *base, uint64_t pages)
 	must(vm_slot(vm, FLUSH_SLOT, FLUSH_GPA, PAGE_SIZE, memory_of_slot, KVM_MEM_LOG_DIRTY_PAGES));
 	must(vm_slot(vm, FLUSH_SLOT, FLUSH_GPA, 0, memory_of_slot, 0));
 	for (uint64_t page = 0; page < pages; page++)
-		if (!idle(base + page * PAGE_SIZE))
-			bail("page %lu of %lu cannot be made idle", page, pages);
+		left += !idle(base + page * PAGE_SIZE);
+	return left;
+}
+
+void idle_mark(struct vm *vm, const uint8_t *base, uint64_t pages)
+{
+	uint64_t left = 1;
+
+	/* The kernel may have a page in its hands just then. */
+	for (int attempt = 0; attempt < 10 && left; attempt++)
+		left = mark(vm, base, pages);
+	if (left)
+		bail("%lu of %lu pages cannot be made idle", left, pages);
 }
