@@ -6,34 +6,19 @@
  * Arguments: the directory of kvm.ko's modules, and how many allocations to go on each time (default 1).
  */
 #include <errno.h>
-#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "faults.h"
+#include "host.h"
 #include "vm.h"
 
 #define STATS	"/sys/kernel/debug/rmmu/stats"
 #define ENOUGH	2000
 
 static char kvm_path[512], vendor_path[512];
-
-static long load_module(const char *path, const char *parameters)
-{
-	int file = must(open(path, O_RDONLY | O_CLOEXEC));
-	long ret = syscall(SYS_finit_module, file, parameters, 0);
-
-	close(file);
-	return ret;
-}
-
-static long unload_module(const char *name)
-{
-	return syscall(SYS_delete_module, name, O_NONBLOCK);
-}
 
 static bool attached(void)
 {

@@ -207,6 +207,19 @@ static void with(enum method method, bool huge)
 	stop(method);
 }
 
+static void shifted_slot(uint32_t flags)
+{
+	uint64_t shift = SHIFT * PAGE_SIZE;
+
+	must(vm_slot(&vm, 1, VM_TEST_GPA + shift, SIZE - shift, base + shift, flags));
+}
+
+static void guest_writes(struct span span)
+{
+	memcpy(vm.shared, &span, sizeof(span));
+	vcpu_run_to_sync(vcpu);
+}
+
 /*
  * All pages are dirty at first, and huge pages writable until a part of them is made clean. 64 pages that are made clean at
  * once lie in two huge pages, both of which have to be taken apart.
@@ -214,12 +227,11 @@ static void with(enum method method, bool huge)
 static void initially_set(const char *eager)
 {
 	static uint8_t logged[PAGES], wanted[PAGES];
-	struct kvm_clear_dirty_log clear = { .slot = 1, .first_page = ACROSS - SHIFT, .num_pages = 64 };
-	uint8_t all[8];
-	uint64_t huge;
+	uint64_t all = ~0UL, huge;
+	struct kvm_clear_dirty_log clear = {
+		.slot = 1, .first_page = ACROSS - SHIFT, .num_pages = 64, .dirty_bitmap = &all,
+	};
 
-	memset(all, 0xff, sizeof(all));
-	clear.dirty_bitmap = all;
 	if (!write_file(EAGER, eager))
 		bail(EAGER ": %m");
 	base = memory(SIZE, true);
@@ -227,16 +239,13 @@ static void initially_set(const char *eager)
 	vm_create(&vm);
 	vm_enable(&vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
 		  KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET);
-	must(vm_slot(&vm, 1, VM_TEST_GPA + SHIFT * PAGE_SIZE, SIZE - SHIFT * PAGE_SIZE, base + SHIFT * PAGE_SIZE, 0));
+	shifted_slot(0);
 	vcpu = vm_vcpu(&vm, write_span, VM_SHARED_GPA);
-	*(struct span *)vm.shared = (struct span){ SHIFT, PAGES - SHIFT, 1 };
-	vcpu_run_to_sync(vcpu);
+	guest_writes((struct span){ SHIFT, PAGES - SHIFT, 1 });
 	huge = kvm_stat(vm.fd, "pages_2m");
-	must(vm_slot(&vm, 1, VM_TEST_GPA + SHIFT * PAGE_SIZE, SIZE - SHIFT * PAGE_SIZE, base + SHIFT * PAGE_SIZE,
-		     KVM_MEM_LOG_DIRTY_PAGES));
+	shifted_slot(KVM_MEM_LOG_DIRTY_PAGES);
 	must(ioctl(vm.fd, KVM_CLEAR_DIRTY_LOG, &clear));
-	*(struct span *)vm.shared = (struct span){ ACROSS + 8, 3, 22 };
-	vcpu_run_to_sync(vcpu);
+	guest_writes((struct span){ ACROSS + 8, 3, 22 });
 	get_bitmap(logged);
 	memset(wanted, 1, PAGES);
 	for (int page = 0; page < 64; page++)

@@ -9,7 +9,6 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include "host.h"
 #include "idle.h"
@@ -27,7 +26,6 @@
 #define TABLE_SLOT_SIZE	(16 * PAGE_SIZE)
 #define TABLE_PLACE	(8 * PAGE_SIZE)
 #define TABLE_GPA	(TABLE_SLOT_GPA + TABLE_PLACE)
-#define ENTRY		0x67UL	/* present, writable, user, accessed, dirty */
 
 /* In the shared page: an access to each page of a region, by the nested guest. */
 struct order {
@@ -268,7 +266,7 @@ static uint8_t *table_memory(const struct region *region, bool reversed)
 
 	memset(base, 0, TABLE_SLOT_SIZE);
 	for (uint64_t page = 0; page < PAGES; page++)
-		entry[reversed ? PAGES - 1 - page : page] = (region->gpa + page * PAGE_SIZE) | ENTRY;
+		entry[reversed ? PAGES - 1 - page : page] = (region->gpa + page * PAGE_SIZE) | SVM_ENTRY;
 	return base;
 }
 
@@ -305,7 +303,7 @@ static void check_neighbours_of_table(const struct region *region)
 {
 	struct order order = {
 		.address = region->gpa + 20 * PAGE_SIZE, .count = 1, .value = 8030, .load = TABLE_SLOT_GPA,
-		.store = TABLE_GPA + 20 * 8, .entry = (region->gpa + 30 * PAGE_SIZE) | ENTRY,
+		.store = TABLE_GPA + 20 * 8, .entry = (region->gpa + 30 * PAGE_SIZE) | SVM_ENTRY,
 	};
 
 	/* So that it is the hypervisor's turn. */
@@ -315,27 +313,23 @@ static void check_neighbours_of_table(const struct region *region)
 	must(mprotect(table_slot, TABLE_SLOT_SIZE, PROT_READ | PROT_WRITE));
 	ok(run(order) == 0, "%s: what the hypervisor writes to its table counts, wherever it was before", region->name);
 	order.value = 8020;
-	order.entry = (region->gpa + 20 * PAGE_SIZE) | ENTRY;
+	order.entry = (region->gpa + 20 * PAGE_SIZE) | SVM_ENTRY;
 	ok(run(order) == 0, "%s: and again", region->name);
 }
 
 static void check(struct region *region, bool only_own)
 {
-	struct kvm_sregs sregs;
-
 	vm_create(&vm);
 	if (only_own)
 		vm_enable(&vm, KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_SLOT_ZAP_ALL);
 	region->base = memory(SIZE, region->huge);
 	slot(region, SIZE, 0);
 	vcpu = vm_vcpu(&vm, hypervisor, VM_SHARED_GPA);
-	must(ioctl(vcpu->fd, KVM_GET_SREGS, &sregs));
-	svm_prepare(vcpu, VMCB, SAVE_AREA, sregs.cr3);
-	svm_identity(&vm, VMCB, TABLES);
+	svm_identity(vcpu, VMCB, SAVE_AREA, TABLES);
 	if (region->by_4k) {
 		table_slot = table_memory(region, false);
 		put_table(table_slot);
-		*svm_identity_entry(&vm, TABLES, region->gpa) = TABLE_GPA | ENTRY;
+		*svm_identity_entry(&vm, TABLES, region->gpa) = TABLE_GPA | SVM_ENTRY;
 	}
 	for (int i = 0; i < 2; i++) {
 		stays = i;
@@ -365,7 +359,7 @@ int main(void)
 		{ .name = "2M on 2M", .gpa = GIB, .huge = true },
 	};
 
-	if (kvm_paging() == SHADOW || access("/sys/module/kvm_amd", F_OK))
+	if (kvm_paging() == SHADOW || !svm_offered())
 		skip_all("the nested guest is one of SVM, with nested paging");
 	plan(2 * (2 * (4 * 11 + 2 * 1 + 2 * 3) + 2 * 2));
 	for (int only_own = 0; only_own < 2; only_own++) {

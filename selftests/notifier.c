@@ -223,9 +223,8 @@ static void check_owner_gone(void)
 			close(gone[1]);
 			must(read(gone[0], &status, 1));
 			deadline = deadline_ms(20000);
-			do
-				pages = kvm_stat_of(stats, "pages_4k");
-			while (pages && now_ms() < deadline && !usleep(1000));
+			while ((pages = kvm_stat_of(stats, "pages_4k")) && now_ms() < deadline)
+				usleep(1000);
 			must(write(found[1], &pages, sizeof(pages)));
 			_exit(0);
 		}

@@ -171,8 +171,6 @@ static void find_counters(struct scene *scene)
 
 static void begin(struct scene *scene, bool prefetch)
 {
-	struct kvm_sregs sregs;
-
 	if (!write_file(PREFETCH, prefetch ? "1" : "0"))
 		bail(PREFETCH ": %m");
 	vm_create(&scene->vm);
@@ -184,11 +182,8 @@ static void begin(struct scene *scene, bool prefetch)
 	must(vm_slot(&scene->vm, 2, WIDE_GPA, WIDE_SIZE, scene->wide, 0));
 	must(vm_slot(&scene->vm, 3, HUGE_GPA, HUGE_PAGES * HUGE_SIZE, scene->huge, 0));
 	scene->vcpu = vm_vcpu(&scene->vm, play, VM_SHARED_GPA);
-	if (scene->nested) {
-		must(ioctl(scene->vcpu->fd, KVM_GET_SREGS, &sregs));
-		svm_prepare(scene->vcpu, VMCB, SAVE_AREA, sregs.cr3);
-		svm_identity(&scene->vm, VMCB, NESTED_TABLES);
-	}
+	if (scene->nested)
+		svm_identity(scene->vcpu, VMCB, SAVE_AREA, NESTED_TABLES);
 	scene->command->inner = vm_code(inner);
 	for (uint64_t i = 0; i < SMALL_PAGES; i++)
 		entries(scene, TABLE)[i] = (SMALL_GPA + i * PAGE_SIZE) | ENTRY;
@@ -313,7 +308,7 @@ int main(void)
 
 	if (access(PREFETCH, W_OK))
 		skip_all("kvm_rmmu is not loaded");
-	if (!shadow && access("/sys/module/kvm_amd", F_OK))
+	if (!shadow && !svm_offered())
 		skip_all("the nested guest is one of SVM");
 	plan(shadow ? 8 : tdp ? 9 : 12);
 	for (int i = 0; i < 2; i++) {

@@ -3,8 +3,6 @@
  * Rows of a nested guest: the guest is a hypervisor with SVM and nested paging, whose tables KVM shadows.
  */
 #include <string.h>
-#include <sys/ioctl.h>
-#include <unistd.h>
 
 #include "bench.h"
 #include "svm.h"
@@ -15,10 +13,9 @@
 #define INNER_STACK	(SAVE_AREA + 2 * PAGE_SIZE)
 /* Tables of the last level, for the rows whose hypervisor maps pages of 4K. */
 #define SMALL_TABLES	INNER_STACK
-#define MAX_SIZE	(64 * MIB)
-#define ENTRY		0x67UL	/* present, writable, user, accessed, dirty */
+#define SIZE	(64 * MIB)
 
-_Static_assert(SMALL_TABLES + MAX_SIZE / 512 <= VM_LOW_SIZE, "the tables are in the low slot");
+_Static_assert(SMALL_TABLES + SIZE / 512 <= VM_LOW_SIZE, "the tables are in the low slot");
 
 /* What the hypervisor is to do, on the shared page. */
 struct work {
@@ -47,7 +44,7 @@ static guest_code void hypervisor(uint64_t shared)
 			uint64_t exit;
 
 			for (uint64_t page = 0; remap && page < pages; page++)
-				store(SMALL_TABLES + page * 8, (VM_TEST_GPA + page * PAGE_SIZE) | ENTRY);
+				store(SMALL_TABLES + page * 8, (VM_TEST_GPA + page * PAGE_SIZE) | SVM_ENTRY);
 			exit = svm_run(VMCB, INNER_STACK, inner, pages);
 			if (exit != EXIT_VMMCALL)
 				guest_sync(exit);
@@ -60,15 +57,15 @@ static guest_code void hypervisor(uint64_t shared)
 	}
 }
 
-/* The hypervisor maps `size` bytes of the region in pages of 4K; its entries are empty unless `present`. */
-static void map_small(struct vm *vm, uint64_t size, bool present)
+/* The hypervisor maps the region in pages of 4K; its entries are empty unless `present`. */
+static void map_small(struct vm *vm, bool present)
 {
 	uint64_t *entry = (void *)(vm->low + SMALL_TABLES);
 
-	for (uint64_t at = 0; at < size; at += PAGE_SIZE)
-		*entry++ = present ? (VM_TEST_GPA + at) | ENTRY : 0;
-	for (uint64_t at = 0; at < size; at += HUGE_SIZE)
-		*svm_identity_entry(vm, TABLES, VM_TEST_GPA + at) = (SMALL_TABLES + at / 512) | ENTRY;
+	for (uint64_t at = 0; at < SIZE; at += PAGE_SIZE)
+		*entry++ = present ? (VM_TEST_GPA + at) | SVM_ENTRY : 0;
+	for (uint64_t at = 0; at < SIZE; at += HUGE_SIZE)
+		*svm_identity_entry(vm, TABLES, VM_TEST_GPA + at) = (SMALL_TABLES + at / 512) | SVM_ENTRY;
 }
 
 static uint64_t time_of(struct vcpu *vcpu, const struct work *work)
@@ -90,24 +87,21 @@ enum mapping { BY_2M, BY_4K, ANEW };
 static void nested(const struct row *row)
 {
 	struct work work = { .rounds = 1, .pages = 0, .inner = vm_code(write_pages) };
-	uint64_t pages = row->arg[0], rounds = row->arg[1], size = MAX_SIZE, faults;
+	uint64_t pages = row->arg[0], rounds = row->arg[1], faults;
 	enum mapping mapping = row->arg[2];
-	struct kvm_sregs sregs;
 	struct vcpu *vcpu;
 	uint8_t *base;
 	struct vm vm;
 
-	if (access("/sys/module/kvm_amd", F_OK))
+	if (!svm_offered())
 		return;
 	bench_vm(&vm);
-	base = backing_map(ANON, size, true);
-	must(vm_slot(&vm, 0, VM_TEST_GPA, size, base, 0));
+	base = backing_map(ANON, SIZE, true);
+	must(vm_slot(&vm, 0, VM_TEST_GPA, SIZE, base, 0));
 	vcpu = vm_vcpu(&vm, hypervisor, VM_SHARED_GPA);
-	must(ioctl(vcpu->fd, KVM_GET_SREGS, &sregs));
-	svm_prepare(vcpu, VMCB, SAVE_AREA, sregs.cr3);
-	svm_identity(&vm, VMCB, TABLES);
+	svm_identity(vcpu, VMCB, SAVE_AREA, TABLES);
 	if (mapping != BY_2M)
-		map_small(&vm, size, mapping == BY_4K);
+		map_small(&vm, mapping == BY_4K);
 	/* The first time loads roots, and maps code and stack. */
 	time_of(vcpu, &work);
 	work.rounds = rounds;
@@ -118,15 +112,15 @@ static void nested(const struct row *row)
 	if (pages)
 		report(row, "faults", "count", (double)(kvm_stat(vcpu->fd, "pf_taken") - faults) / rounds);
 	vm_destroy(&vm);
-	backing_unmap(base, size);
+	backing_unmap(base, SIZE);
 }
 
 #define NESTED	"nested guest: "
 
 const struct row nested_rows[] = {
 	{ NESTED "VMRUN and back", AROUND_DEFAULT, nested, { 0, 2048, BY_2M } },
-	{ NESTED "populate 64M of 4K, mapped by 4K", AROUND_DEFAULT, nested, { MAX_SIZE / PAGE_SIZE, 1, BY_4K } },
-	{ NESTED "populate 64M of 4K, mapped by 2M", AROUND_DEFAULT, nested, { MAX_SIZE / PAGE_SIZE, 1, BY_2M } },
+	{ NESTED "populate 64M of 4K, mapped by 4K", AROUND_DEFAULT, nested, { SIZE / PAGE_SIZE, 1, BY_4K } },
+	{ NESTED "populate 64M of 4K, mapped by 2M", AROUND_DEFAULT, nested, { SIZE / PAGE_SIZE, 1, BY_2M } },
 	{ NESTED "a page mapped, written, unmapped", AROUND_DEFAULT, nested, { 1, 1024, ANEW } },
 	{ NESTED "64 pages mapped, written, unmapped", AROUND_DEFAULT, nested, { 64, 64, ANEW } },
 	{ 0 },

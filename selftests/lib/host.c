@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
+#include <fcntl.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "host.h"
 #include "vm.h"
@@ -117,4 +120,18 @@ void hugetlb_release(void *memory, size_t size)
 {
 	munmap(memory, size);
 	write_number(NR_HUGEPAGES, huge_pages_before);
+}
+
+long load_module(const char *path, const char *parameters)
+{
+	int file = must(open(path, O_RDONLY | O_CLOEXEC));
+	long ret = syscall(SYS_finit_module, file, parameters, 0);
+
+	close(file);
+	return ret;
+}
+
+long unload_module(const char *name)
+{
+	return syscall(SYS_delete_module, name, O_NONBLOCK);
 }

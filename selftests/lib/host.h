@@ -30,4 +30,8 @@ enum kvm_paging kvm_paging(void);
 void *hugetlb_memory(size_t size);
 void hugetlb_release(void *memory, size_t size);
 
+/* A module by its file, with its parameters; and by its name. 0, or -1 with errno. */
+long load_module(const char *path, const char *parameters);
+long unload_module(const char *name);
+
 #endif

@@ -15,50 +15,59 @@ bool idle_available(void)
 	return access(BITMAP, R_OK | W_OK) == 0;
 }
 
+/* Thousands of pages are looked at: files are opened once. */
+static int opened(int *fd, const char *path, int flags)
+{
+	if (!*fd)
+		*fd = must(open(path, flags | O_CLOEXEC));
+	return *fd;
+}
+
 static uint64_t frame(const uint8_t *page)
 {
-	int fd = must(open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC));
+	static int fd;
 	uint64_t entry = 0;
 
-	must(pread(fd, &entry, sizeof(entry), (uintptr_t)page / PAGE_SIZE * sizeof(entry)));
-	close(fd);
+	must(pread(opened(&fd, "/proc/self/pagemap", O_RDONLY), &entry, sizeof(entry),
+		   (uintptr_t)page / PAGE_SIZE * sizeof(entry)));
 	if (!(entry & PFN_MASK) || !(entry >> 63))
 		bail("a page is not resident, or this is not root");
 	return entry & PFN_MASK;
 }
 
-static uint64_t word(uint64_t pfn, uint64_t set)
+static int bitmap(void)
 {
-	int fd = must(open(BITMAP, O_RDWR | O_CLOEXEC));
-	uint64_t bits = 0;
+	static int fd;
 
-	if (set)
-		must(pwrite(fd, &set, sizeof(set), pfn / 64 * 8));
-	else
-		must(pread(fd, &bits, sizeof(bits), pfn / 64 * 8));
-	close(fd);
-	return bits;
+	return opened(&fd, BITMAP, O_RDWR);
 }
 
 bool idle(const uint8_t *page)
 {
-	uint64_t pfn = frame(page);
+	uint64_t pfn = frame(page), bits = 0;
 
-	return word(pfn, 0) >> pfn % 64 & 1;
+	must(pread(bitmap(), &bits, sizeof(bits), pfn / 64 * 8));
+	return bits >> pfn % 64 & 1;
 }
 
+static void set_idle(const uint8_t *page)
+{
+	uint64_t pfn = frame(page), bit = 1UL << pfn % 64;
+
+	must(pwrite(bitmap(), &bit, sizeof(bit), pfn / 64 * 8));
+}
+
+/* How many pages could not be marked. */
 static uint64_t mark(struct vm *vm, const uint8_t *base, uint64_t pages)
 {
 	static uint8_t *memory_of_slot;
-	uint64_t pfn, left = 0;
+	uint64_t left = 0;
 
 	/* New pages are on lists of a CPU's own at first, where nothing is tracked. Compaction begins by emptying these. */
 	if (!write_file("/proc/sys/vm/compact_memory", "1"))
 		bail("/proc/sys/vm/compact_memory: %m");
-	for (uint64_t page = 0; page < pages; page++) {
-		pfn = frame(base + page * PAGE_SIZE);
-		word(pfn, 1UL << pfn % 64);
-	}
+	for (uint64_t page = 0; page < pages; page++)
+		set_idle(base + page * PAGE_SIZE);
 	if (!memory_of_slot)
 		memory_of_slot = memory(PAGE_SIZE, false);
 	must(vm_slot(vm, FLUSH_SLOT, FLUSH_GPA, PAGE_SIZE, memory_of_slot, KVM_MEM_LOG_DIRTY_PAGES));

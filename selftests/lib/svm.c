@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 #include <string.h>
 #include <sys/ioctl.h>
+#include <unistd.h>
 
 #include "svm.h"
 
@@ -13,8 +14,12 @@
 #define CR4_PAE		(1UL << 5)
 #define MSR_VM_HSAVE_PA	0xc0010117
 
-#define NESTED_NONLEAF	0x67UL	/* present, writable, user, accessed, dirty */
-#define NESTED_LARGE	0xe7UL
+#define ENTRY_LARGE	(1UL << 7)
+
+bool svm_offered(void)
+{
+	return access("/sys/module/kvm_amd", F_OK) == 0;
+}
 
 static void segment(uint8_t *vmcb, int offset, uint16_t selector, uint16_t attributes)
 {
@@ -63,14 +68,18 @@ void svm_prepare(struct vcpu *vcpu, uint64_t vmcb_gpa, uint64_t save_area, uint6
 		bail("KVM_SET_MSRS: %m");
 }
 
-void svm_identity(struct vm *vm, uint64_t vmcb, uint64_t tables)
+void svm_identity(struct vcpu *vcpu, uint64_t vmcb, uint64_t save_area, uint64_t tables)
 {
+	struct vm *vm = vcpu->vm;
 	uint64_t *root = (void *)(vm->low + tables), *pointers = root + PAGE_SIZE / 8;
+	struct kvm_sregs sregs;
 
-	root[0] = (tables + PAGE_SIZE) | NESTED_NONLEAF;
+	must(ioctl(vcpu->fd, KVM_GET_SREGS, &sregs));
+	svm_prepare(vcpu, vmcb, save_area, sregs.cr3);
+	root[0] = (tables + PAGE_SIZE) | SVM_ENTRY;
 	for (uint64_t gib = 0; gib < 4; gib++)
-		pointers[gib] = (tables + (2 + gib) * PAGE_SIZE) | NESTED_NONLEAF;
+		pointers[gib] = (tables + (2 + gib) * PAGE_SIZE) | SVM_ENTRY;
 	for (uint64_t gpa = 0; gpa < 4 * GIB; gpa += HUGE_SIZE)
-		*svm_identity_entry(vm, tables, gpa) = gpa | NESTED_LARGE;
+		*svm_identity_entry(vm, tables, gpa) = gpa | SVM_ENTRY | ENTRY_LARGE;
 	set(vm->low + vmcb, VMCB_NCR3, tables);
 }

@@ -26,9 +26,17 @@
  */
 void svm_prepare(struct vcpu *vcpu, uint64_t vmcb, uint64_t save_area, uint64_t cr3);
 
-/* Nested page tables, in so many pages at `tables`, that map the first 4 GiB one to one, in 2M pages. */
+/* Whether KVM has nested guests of SVM. */
+bool svm_offered(void);
+
+/* An entry of nested page tables: present, writable, user, accessed, dirty. */
+#define SVM_ENTRY		0x67UL
+/*
+ * svm_prepare() for a guest that shares its hypervisor's page tables, and nested page tables, in so many pages at `tables`,
+ * that map the first 4 GiB one to one, in 2M pages.
+ */
 #define SVM_IDENTITY_PAGES	6
-void svm_identity(struct vm *vm, uint64_t vmcb, uint64_t tables);
+void svm_identity(struct vcpu *vcpu, uint64_t vmcb, uint64_t save_area, uint64_t tables);
 /* The entry of svm_identity()'s tables that maps 2 MiB at `gpa`, by the place of the tables. */
 static inline uint64_t *svm_identity_entry(struct vm *vm, uint64_t tables, uint64_t gpa)
 {
