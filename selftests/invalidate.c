@@ -1,17 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Faults that meet an invalidation: the host takes pages away while a vCPU faults on them, or on their neighbours. A fault
- * that found the page before must not map it any more. What is checked holds for every order of things; what makes the
- * order that matters likely is a vCPU that is slow to take locks, or an invalidation that takes long.
+ * Faults that meet an invalidation: the host takes pages, or a slot, away while a vCPU faults on them, or on their
+ * neighbours. A fault that found them before must not map them any more. What is checked holds for every order of things;
+ * what makes the order that matters likely is a vCPU that is slow to take locks, or an invalidation that takes long.
  */
-#include <fcntl.h>
 #include <pthread.h>
+#include <sched.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
+#include "host.h"
 #include "vm.h"
 
 #define ROUNDS		200
@@ -69,27 +68,30 @@ static struct vm vm;
 static volatile struct talk *talk;
 static uint32_t said;
 
-static void *run(void *vcpu)
+static void *run_to_sync(void *vcpu)
 {
 	must(prctl(PR_SET_NAME, SLOW_THREAD));
 	said = vcpu_run_to_sync(vcpu);
 	return NULL;
 }
 
-static pthread_t start(void *(*function)(void *), void *argument)
+/* A VM with this memory, and a vCPU that runs `code`, by `run` on a thread of its own. */
+static pthread_t begin(uint8_t *base, uint64_t size, void *(*run)(void *), void (*code)(uint64_t))
 {
 	pthread_t thread;
 
-	if (pthread_create(&thread, NULL, function, argument))
+	vm_create(&vm);
+	must(vm_slot(&vm, 1, VM_TEST_GPA, size, base, 0));
+	talk = vm.shared;
+	if (pthread_create(&thread, NULL, run, vm_vcpu(&vm, code, VM_SHARED_GPA)))
 		bail("pthread_create failed");
 	return thread;
 }
 
-static void begin(uint8_t *base, uint64_t size)
+static void end(pthread_t thread)
 {
-	vm_create(&vm);
-	must(vm_slot(&vm, 1, VM_TEST_GPA, size, base, 0));
-	talk = vm.shared;
+	pthread_join(thread, NULL);
+	vm_destroy(&vm);
 }
 
 /*
@@ -103,8 +105,7 @@ static uint64_t lost_stores(bool resident)
 	uint64_t lost = 0;
 	pthread_t runner;
 
-	begin(page, PAGE_SIZE);
-	runner = start(run, vm_vcpu(&vm, store_numbers, VM_SHARED_GPA));
+	runner = begin(page, PAGE_SIZE, run_to_sync, store_numbers);
 	for (int round = 0; round < ROUNDS; round++) {
 		uint64_t count, deadline = deadline_ms(60000);
 
@@ -123,10 +124,55 @@ static uint64_t lost_stores(bool resident)
 		lost += *(volatile uint64_t *)page < count + 2;
 	}
 	talk->stop = 1;
-	pthread_join(runner, NULL);
-	vm_destroy(&vm);
+	end(runner);
 	munmap(base, RANGE);
 	return lost;
+}
+
+static volatile uint64_t mmio_exits, mmio_answered;
+
+/* As run_to_sync(), for a guest that stores to a slot that comes and goes. */
+static void *run_mmio(void *argument)
+{
+	struct vcpu *vcpu = argument;
+
+	while (vcpu_run(vcpu) == 0 && vcpu->run->exit_reason == KVM_EXIT_MMIO) {
+		mmio_exits++;
+		while (mmio_answered < mmio_exits)
+			sched_yield();
+	}
+	if (!exit_is_sync(vcpu, 1))
+		bail("the guest ended otherwise");
+	return NULL;
+}
+
+/* Deletes the slot that a vCPU stores to all the time, and counts how often the vCPU does not notice. */
+static uint64_t stores_to_no_slot(void)
+{
+	uint8_t *base = memory(PAGE_SIZE, false);
+	uint64_t unnoticed = 0;
+	pthread_t runner = begin(base, PAGE_SIZE, run_mmio, store_numbers);
+
+	for (int round = 0; round < ROUNDS; round++) {
+		uint64_t count = talk->count, exits = mmio_exits, deadline = deadline_ms(60000);
+
+		while (talk->count == count)
+			if (now_ms() > deadline)
+				bail("the guest does not go on");
+		must(vm_slot(&vm, 1, VM_TEST_GPA, 0, NULL, 0));
+		count = talk->count;
+		/* The second store from here began after the slot was gone. */
+		while (mmio_exits == exits && talk->count < count + 2)
+			if (now_ms() > deadline)
+				bail("the guest neither stores nor exits");
+		unnoticed += mmio_exits == exits;
+		must(vm_slot(&vm, 1, VM_TEST_GPA, PAGE_SIZE, base, 0));
+		mmio_answered = mmio_exits;
+	}
+	talk->stop = 1;
+	end(runner);
+	munmap(base, PAGE_SIZE);
+	return unnoticed;
 }
 
 static uint32_t stale_neighbours(void)
@@ -135,41 +181,33 @@ static uint32_t stale_neighbours(void)
 	pthread_t runner;
 
 	memset(base, 0x77, CHUNKS * CHUNK_SIZE);
-	begin(base, CHUNKS * CHUNK_SIZE);
-	runner = start(run, vm_vcpu(&vm, load_behind, VM_SHARED_GPA));
+	runner = begin(base, CHUNKS * CHUNK_SIZE, run_to_sync, load_behind);
 	for (uint64_t chunk = 0; chunk < CHUNKS; chunk++) {
 		talk->begun = chunk + 1;
 		must(madvise(base + chunk * CHUNK_SIZE, CHUNK_ENDS * PAGE_SIZE, MADV_DONTNEED));
 		talk->ended = chunk + 1;
 	}
-	pthread_join(runner, NULL);
-	vm_destroy(&vm);
+	end(runner);
 	munmap(base, CHUNKS * CHUNK_SIZE);
 	return said;
 }
 
-static void slow_lock(void)
-{
-	int fd = must(open(SLOW_LOCK, O_RDONLY | O_CLOEXEC));
-
-	must(syscall(SYS_finit_module, fd, "comm=" SLOW_THREAD " us=150", 0));
-	close(fd);
-}
-
 int main(void)
 {
-	uint64_t lost;
+	uint64_t lost, unnoticed;
 	uint32_t stale;
 
-	plan(3);
-	slow_lock();
+	plan(4);
+	must(load_module(SLOW_LOCK, "comm=" SLOW_THREAD " us=150"));
 	lost = lost_stores(false);
 	ok(lost == 0, "stores go to the page that the vCPU brings in after the last one was discarded (%lu of %d do not)", lost,
 	   ROUNDS);
 	lost = lost_stores(true);
 	ok(lost == 0, "and to one that is there already (%lu of %d do not)", lost, ROUNDS);
-	must(syscall(SYS_delete_module, "slow_lock", 0));
+	must(unload_module("slow_lock"));
 	stale = stale_neighbours();
 	ok(stale == 0, "pages that were going away when a neighbour was mapped are gone (%u are not)", stale);
+	unnoticed = stores_to_no_slot();
+	ok(unnoticed == 0, "stores to a slot that was deleted are MMIO (%lu of %d times they are not)", unnoticed, ROUNDS);
 	return finish();
 }
