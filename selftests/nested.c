@@ -137,6 +137,19 @@ static void fill(uint8_t *base, uint64_t value)
 		*(uint64_t *)(base + page * PAGE_SIZE) = value + page;
 }
 
+/*
+ * Memory that is there. The kernel must not collapse it into a huge page while the dirty log is looked at: what is mapped
+ * anew for a load may be mapped writable, and is in the log then.
+ */
+static uint8_t *present(const struct region *region)
+{
+	uint8_t *base = memory(SIZE, region->huge);
+
+	fill(base, 0);
+	must(madvise(base, SIZE, MADV_NOHUGEPAGE));
+	return base;
+}
+
 static void slot(const struct region *region, uint64_t size, uint32_t flags)
 {
 	must(vm_slot(&vm, 1, region->gpa, size, region->base, flags));
@@ -159,7 +172,7 @@ static bool is_mmio(const struct region *region, uint64_t page, bool write)
 
 static void check_slots(struct region *region)
 {
-	uint8_t *first = region->base, *second = memory(SIZE, region->huge);
+	uint8_t *first = region->base, *second = present(region);
 
 	fill(first, 1000);
 	fill(second, 2000);
@@ -322,7 +335,7 @@ static void check(struct region *region, bool only_own)
 	vm_create(&vm);
 	if (only_own)
 		vm_enable(&vm, KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_SLOT_ZAP_ALL);
-	region->base = memory(SIZE, region->huge);
+	region->base = present(region);
 	slot(region, SIZE, 0);
 	vcpu = vm_vcpu(&vm, hypervisor, VM_SHARED_GPA);
 	svm_identity(vcpu, VMCB, SAVE_AREA, TABLES);

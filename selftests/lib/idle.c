@@ -63,9 +63,9 @@ static uint64_t mark(struct vm *vm, const uint8_t *base, uint64_t pages)
 	static uint8_t *memory_of_slot;
 	uint64_t left = 0;
 
-	/* New pages are on lists of a CPU's own at first, where nothing is tracked. Compaction begins by emptying these. */
-	if (!write_file("/proc/sys/vm/compact_memory", "1"))
-		bail("/proc/sys/vm/compact_memory: %m");
+	/* New pages are on lists of a CPU's own at first, where nothing is tracked. This empties them. */
+	if (!write_file("/proc/sys/vm/drop_caches", "1"))
+		bail("/proc/sys/vm/drop_caches: %m");
 	for (uint64_t page = 0; page < pages; page++)
 		set_idle(base + page * PAGE_SIZE);
 	if (!memory_of_slot)
