@@ -9,7 +9,7 @@
 
 use super::{
     roots::Which,
-    walk::{child_entries, mapped_by, Cursor, Entry},
+    walk::{child_entries, mapped_by, Entry},
     Tdp,
 };
 use crate::mmu::{
@@ -19,7 +19,7 @@ use crate::mmu::{
         atomic::{AtomicU64, Ordering},
         RcuRead,
     },
-    table::{Table, TablePtr},
+    table::{Entries, Table, TablePtr},
     types::{Gfn, GfnRange, Level},
 };
 
@@ -176,38 +176,45 @@ fn age_root<H: Host, R: RcuRead>(
     test_only: bool,
     rcu: &R,
 ) -> bool {
-    let format = host.format();
     let range = mapped_by(host, root, range);
+    let mut gfn = range.start;
     let mut young = false;
-    if range.is_empty() {
-        return false;
-    }
-    let mut cursor = Cursor::new(host, rcu, root, range, Level::L4K);
-    while let Some(entry) = cursor.next() {
-        if !entry.is_leaf() {
-            continue;
-        }
-        let accessed = entry.spte.is_accessed(format);
-        young |= accessed;
-        if test_only {
-            if young {
+    // Mostly it is one page: straight down, and then along the table as far as the range goes.
+    while gfn < range.end {
+        let (table, mut entry) = lowest_and_table(host, root, gfn, rcu);
+        loop {
+            young |= entry.is_leaf() && age_leaf(host, &entry, test_only);
+            if test_only && young {
+                return true;
+            }
+            gfn = entry.range().end;
+            if gfn >= range.end || gfn.index(entry.level) == 0 {
                 break;
             }
-            continue;
-        }
-        if !accessed && !entry.spte.is_ahead() {
-            continue;
-        }
-        // Whoever changed the entry first zaps it or uses it; it is fine as it is.
-        let new = entry.spte.mark_old(format).looked_at();
-        if replace(&entry, new) {
-            entry.trace_change(host, new);
-            if entry.spte.is_ahead() {
-                host.account_ahead(i64::from(accessed), i64::from(!accessed));
+            entry = Entry::at(table, gfn, entry.level);
+            if entry.is_nonleaf() {
+                break;
             }
         }
     }
     young
+}
+
+fn age_leaf<H: Host>(host: &H, entry: &Entry<'_>, test_only: bool) -> bool {
+    let format = host.format();
+    let accessed = entry.spte.is_accessed(format);
+    if test_only || (!accessed && !entry.spte.is_ahead()) {
+        return accessed;
+    }
+    // Whoever changed the entry first zaps it or uses it; it is fine as it is.
+    let new = entry.spte.mark_old(format).looked_at();
+    if replace(entry, new) {
+        entry.trace_change(host, new);
+        if entry.spte.is_ahead() {
+            host.account_ahead(i64::from(accessed), i64::from(!accessed));
+        }
+    }
+    accessed
 }
 
 /// The lowest entry that covers `gfn`.
@@ -218,11 +225,23 @@ pub(super) fn lowest<'r, H: Host, R: RcuRead>(
     gfn: Gfn,
     rcu: &'r R,
 ) -> Entry<'r> {
-    let mut entry = Entry::at(root.entries(), gfn, root.level());
+    lowest_and_table(host, root, gfn, rcu).1
+}
+
+#[inline]
+fn lowest_and_table<'r, H: Host, R: RcuRead>(
+    host: &H,
+    root: &'r Table,
+    gfn: Gfn,
+    rcu: &'r R,
+) -> (&'r Entries, Entry<'r>) {
+    let mut table = root.entries();
+    let mut entry = Entry::at(table, gfn, root.level());
     while let (true, Some(level)) = (entry.is_nonleaf(), entry.level.child()) {
-        entry = Entry::at(child_entries(host, entry.spte, rcu), gfn, level);
+        table = child_entries(host, entry.spte, rcu);
+        entry = Entry::at(table, gfn, level);
     }
-    entry
+    (table, entry)
 }
 
 /// Changes bits of a leaf that do not change what it maps.
