@@ -22,7 +22,7 @@ struct row {
 	uint64_t arg[4];
 };
 
-extern const struct row fault_rows[], dirty_rows[], zap_rows[], snapshot_rows[], nested_rows[];
+extern const struct row fault_rows[], dirty_rows[], zap_rows[], age_rows[], snapshot_rows[], nested_rows[];
 /* These need KVM without nested paging, and the others need it with; their names begin with SHADOW. */
 extern const struct row shadow_rows[];
 #define SHADOW	"npt=0: "

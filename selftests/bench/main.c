@@ -23,7 +23,7 @@
 #define STATS		"/sys/kernel/debug/rmmu/stats"
 
 static const struct row *const groups[] = {
-	fault_rows, dirty_rows, zap_rows, snapshot_rows, nested_rows, shadow_rows
+	fault_rows, dirty_rows, zap_rows, age_rows, snapshot_rows, nested_rows, shadow_rows
 };
 static const char *const owners[] = { "in-tree", "rmmu" };
 

@@ -54,6 +54,29 @@ static void unmap(const struct row *row)
 	vm_destroy(&vm);
 }
 
+#define DISCARD_SIZE	(64 * MIB)
+
+/* As a balloon does it. */
+static void discard(const struct row *row)
+{
+	struct touch order = { .base = VM_TEST_GPA, .pages = DISCARD_SIZE / PAGE_SIZE, .count = DISCARD_SIZE / PAGE_SIZE };
+	uint8_t *base = backing_map(ANON, DISCARD_SIZE, true);
+	uint64_t begin;
+	struct vm vm;
+
+	bench_vm(&vm);
+	must(vm_slot(&vm, 0, VM_TEST_GPA, DISCARD_SIZE, base, 0));
+	touch(touch_vcpu(&vm), order);
+	begin = now_ns();
+	for (uint64_t at = 0; at < DISCARD_SIZE; at += PAGE_SIZE)
+		must(madvise(base + at, PAGE_SIZE, MADV_DONTNEED));
+	report(row, NULL, "time", now_ns() - begin);
+	if (kvm_stat(vm.fd, "pages_4k") > DISCARD_SIZE / PAGE_SIZE / 2)
+		bail("not all of the guest's memory is gone");
+	vm_destroy(&vm);
+	backing_unmap(base, DISCARD_SIZE);
+}
+
 /* arg: huge. */
 static void delete_slot(const struct row *row)
 {
@@ -133,6 +156,7 @@ static void churn(const struct row *row)
 const struct row zap_rows[] = {
 	{ "unmap 1G of 4K", AROUND_DEFAULT, unmap, { 0 } },
 	{ "unmap 1G of 2M", AROUND_DEFAULT, unmap, { 1 } },
+	{ "discard 64M of 4K, page after page", AROUND_DEFAULT, discard, { 0 } },
 	{ "delete a slot of 1G of 4K", AROUND_DEFAULT, delete_slot, { 0 } },
 	{ "delete a slot of 1G of 2M", AROUND_DEFAULT, delete_slot, { 1 } },
 	{ "slot made, 16 pages written, deleted", AROUND_DEFAULT, churn, { 0 } },
