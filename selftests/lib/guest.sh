@@ -9,13 +9,13 @@ GUEST_TIMEOUT=$((${GUEST_TIMEOUT:-180} * TIME_FACTOR))
 #
 # Start the guest, its console in the file $1, what QEMU says in $1.qemu, and the vCPUs' registers at each reset (a triple
 # fault is one, and silent otherwise) in $1.reset. Sets guest_pid. GUEST_CPUS, GUEST_MEMORY,
-# GUEST_INITRD and GUEST_CMDLINE are the caller's.
+# GUEST_INITRD, GUEST_CMDLINE, GUEST_ACCEL (what follows "kvm") and GUEST_OPTIONS (words for QEMU) are the caller's.
 guest_start() {
 	rm -f "$1"
-	qemu-system-x86_64 -accel kvm -cpu host,-kvm-pv-eoi -smp ${GUEST_CPUS:-2} -m ${GUEST_MEMORY:-512M} \
+	qemu-system-x86_64 -accel "kvm$GUEST_ACCEL" -cpu host,-kvm-pv-eoi -smp ${GUEST_CPUS:-2} -m ${GUEST_MEMORY:-512M} \
 		-machine microvm,isa-serial=on,pit=off,pic=off,rtc=on \
 		-nodefaults -no-user-config -display none -no-reboot -serial "file:$1" \
-		-d cpu_reset -D "$1.reset" \
+		-d cpu_reset -D "$1.reset" $GUEST_OPTIONS \
 		-kernel /guest/vmlinuz -initrd "${GUEST_INITRD:-/guest/initrd}" \
 		-append "console=ttyS0 quiet panic=-1 tsc=reliable $GUEST_CMDLINE" 2> "$1.qemu" &
 	guest_pid=$!

@@ -1,0 +1,97 @@
+#!/bin/sh
+# SPDX-License-Identifier: GPL-2.0
+# QEMU migrates a Linux guest that works on memory, while it runs, from one owner of its page tables to the other: by the
+# dirty log, by the dirty ring, and by userfaultfd. The guest goes on there, and finds its memory as it was.
+
+. /selftests/lib/tap.sh
+. /selftests/lib/rmmu.sh
+. /selftests/lib/guest.sh
+SOURCE=/tmp/source
+TARGET=/tmp/target
+
+# start NAME OWNED WORDS...: a QEMU that can be told things. What is written before it listens would be lost.
+start() {
+	log=$1
+	own_new_vms "$2"
+	shift 2
+	rm -f "$log".monitor.in "$log".monitor.out
+	mkfifo "$log".monitor.in "$log".monitor.out
+	GUEST_OPTIONS="-monitor pipe:$log.monitor $*"
+	guest_start "$log"
+	cat "$log".monitor.out > "$log".said &
+	wait_for grep -qs "(qemu)" "$log".said
+}
+
+# wait_for COMMAND...: until it succeeds; false when time is up or the QEMU started last is gone
+wait_for() {
+	left=$GUEST_TIMEOUT
+	until "$@"; do
+		left=$((left - 1))
+		[ $left -gt 0 ] && kill -0 "$guest_pid" || return 1
+		sleep 1
+	done
+}
+
+# Opened for both, so that nobody waits for a QEMU that is gone.
+tell() {
+	echo "$2" 1<> "$1".monitor.in
+}
+
+moved() {
+	tell $SOURCE "info migrate"
+	grep -qs "Status:.*completed" $SOURCE.said
+}
+
+# Two rounds: the second one began there.
+went_on() {
+	[ "$(grep -sc "guest: round" $TARGET)" -ge 2 ]
+}
+
+owner() {
+	[ -n "$(guest_rmmu_dir)" ] && echo 1 || echo 0
+}
+
+move() {
+	start $SOURCE "$1" || return 1
+	source_pid=$guest_pid
+	guest_wait $SOURCE "guest: user space" && [ "$(owner)" = "$1" ] || return 1
+	start $TARGET "$2" -incoming defer || return 1
+	if [ -n "$3" ]; then
+		tell $SOURCE "migrate_set_capability $3 on"
+		tell $TARGET "migrate_set_capability $3 on"
+	fi
+	tell $TARGET "migrate_incoming unix:/tmp/wire"
+	wait_for [ -S /tmp/wire ] || return 1
+	tell $SOURCE "migrate -d unix:/tmp/wire"
+	[ -z "$3" ] || tell $SOURCE "migrate_start_postcopy"
+	wait_for moved || return 1
+	wait_for went_on && [ "$(owner)" = "$2" ] && ! grep "wrong data" $SOURCE $TARGET
+}
+
+# migrate FROM TO [CAPABILITY]: an owner is 0 for in-tree KVM, 1 for rmmu
+migrate() {
+	rm -f /tmp/wire $SOURCE $TARGET $SOURCE.said $TARGET.said
+	source_pid=
+	move "$@"
+	moved=$?
+	[ $moved = 0 ] || for side in $SOURCE $TARGET; do
+		note "$side: $(tail -n 20 $side $side.qemu $side.said)"
+	done
+	guest_stop
+	guest_pid=$source_pid
+	guest_stop
+	return $moved
+}
+
+# It never ends, so that something is written while it is moved.
+GUEST_CMDLINE="rmmu.rounds=1000000 rmmu.kib=512"
+GUEST_MEMORY=256M
+
+plan 5
+check "by the dirty log, from in-tree KVM to rmmu" migrate 0 1
+check "by the dirty log, from rmmu to in-tree KVM" migrate 1 0
+check "by userfaultfd, from rmmu to rmmu" migrate 1 1 postcopy-ram
+GUEST_ACCEL=,dirty-ring-size=4096
+check "by the dirty ring, from rmmu to rmmu" migrate 1 1
+check "VMs, roots and page tables are returned" rmmu_idle
+finish
