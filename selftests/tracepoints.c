@@ -34,6 +34,8 @@ static bool must_come(const char *event, enum kvm_paging mode)
 		return mode != SHADOW;
 	if (!strcmp(event, "kvm_mmu_split_huge_page") || !strcmp(event, "kvm_tdp_mmu_spte_changed"))
 		return mode == TDP_MMU;
+	if (strstr(event, "mmio"))
+		return kvm_caches_mmio();
 	return true;
 }
 

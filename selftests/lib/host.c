@@ -97,6 +97,11 @@ enum kvm_paging kvm_paging(void)
 	return is_off(KVM_PARAMETERS "tdp_mmu") ? DIRECT : TDP_MMU;
 }
 
+bool kvm_caches_mmio(void)
+{
+	return !is_off(KVM_PARAMETERS "mmio_caching");
+}
+
 /* How many huge pages the machine had before hugetlb_memory() asked for more. */
 static uint64_t huge_pages_before;
 

@@ -26,6 +26,9 @@ uint64_t read_field(const char *path, const char *name, uint64_t missing);
 enum kvm_paging { TDP_MMU, DIRECT, SHADOW };
 enum kvm_paging kvm_paging(void);
 
+/* Not where the CPU has 52 bits of physical address: no bit of an entry is reserved then. */
+bool kvm_caches_mmio(void);
+
 /* Memory of huge pages of hugetlbfs, which are set aside for it; NULL when there are none to be had. */
 void *hugetlb_memory(size_t size);
 void hugetlb_release(void *memory, size_t size);

@@ -19,8 +19,8 @@
 
 #define FIXED_TABLES	0x020000	/* six pages, see machine.c */
 #define PDPT_GPA	0x027000	/* the page-directory pointers of PAE: a root each 32 bytes */
-#define INNER_TABLES	0x028000	/* four pages: what a nested guest pages with */
-#define OWN_ROOT	0x02c000	/* the hypervisor's, when the random tables are nested ones */
+#define INNER_TABLES	0x028000	/* seven pages: what a nested guest pages with */
+#define OWN_ROOT	0x02f000	/* the hypervisor's, when the random tables are nested ones */
 #define GDT_ADDR	0x030000
 #define IDT_ADDR	0x031000
 #define TSS_ADDR	0x032000

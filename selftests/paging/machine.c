@@ -26,6 +26,7 @@
 #define INNER_PDPT	(INNER_TABLES + 0x1000)
 #define INNER_PD	(INNER_TABLES + 0x2000)
 #define INNER_FAR	(INNER_TABLES + 0x3000)
+#define INNER_FAR_PD	(INNER_TABLES + 0x4000)	/* three pages */
 
 extern char guest64[], guest64_end[], guest64_user[], guest64_user_end[];
 extern char guest64_pf[], guest64_int80[], guest64_ud[], guest64_df[], guest64_gp[];
@@ -133,8 +134,13 @@ static void inner_tables(struct machine *machine)
 	table(machine, INNER_PDPT)[0] = INNER_PD | TABLE;
 	for (uint64_t i = 0; i < 4; i++)
 		table(machine, INNER_PD)[i] = i * HUGE_SIZE | PAGE | PTE_PS;
-	for (uint64_t i = 0; i < 512; i++)
-		table(machine, INNER_FAR)[i] = (512 + i) * GIB | PAGE | PTE_PS;
+	for (uint64_t i = 0; i < 3; i++) {
+		uint64_t pd = INNER_FAR_PD + i * PAGE_SIZE;
+
+		table(machine, INNER_FAR)[1 + i] = pd | TABLE;
+		for (uint64_t j = 0; j < 4; j++)
+			table(machine, pd)[j] = ((513 + i) * GIB + j * HUGE_SIZE) | PAGE | PTE_PS;
+	}
 	table(machine, OWN_ROOT)[0] = PDPT_TABLE | TABLE;
 }
 
