@@ -22,8 +22,9 @@
 #define PARAMETERS	"/sys/module/kvm_rmmu/parameters/"
 #define STATS		"/sys/kernel/debug/rmmu/stats"
 
+/* Aging looks at all memory of this process, so it comes before the rows that keep some. */
 static const struct row *const groups[] = {
-	fault_rows, dirty_rows, zap_rows, age_rows, snapshot_rows, nested_rows, shadow_rows
+	fault_rows, dirty_rows, age_rows, zap_rows, snapshot_rows, nested_rows, shadow_rows
 };
 static const char *const owners[] = { "in-tree", "rmmu" };
 
