@@ -114,6 +114,7 @@ unsafe extern "C" fn rmmu_kvm_mmu_uninit_vm(kvm: *mut kvm) {
     let module_reference = vm::release(unsafe { Kvm::from_raw(kvm) });
     // SAFETY: the function itself; the lists are plain and empty again.
     unsafe { orig::kvm_mmu_uninit_vm(kvm) };
+    vm::released();
     // The last act: rmmod may go on from here.
     drop(module_reference);
 }

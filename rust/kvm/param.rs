@@ -11,6 +11,7 @@ use crate::{
 };
 use core::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 use kernel::prelude::*;
+use pin_init::Zeroable;
 
 /// Static key in a C struct, addressed by type and field.
 #[cfg(CONFIG_JUMP_LABEL)]
@@ -79,10 +80,10 @@ pub fn shadow_prefetch() -> bool {
     unsafe { (&raw const bindings::rmmu_shadow_prefetch).read_volatile() }
 }
 
-/// A variable of kvm.ko that can change while it runs.
+/// A variable of kvm.ko. It is looked up when KVM is hooked: that takes long, and VMs are created often.
 struct Variable<T>(AtomicPtr<T>);
 
-impl<T: Copy + Default> Variable<T> {
+impl<T: Copy> Variable<T> {
     const fn new() -> Self {
         Variable(AtomicPtr::new(core::ptr::null_mut()))
     }
@@ -94,35 +95,76 @@ impl<T: Copy + Default> Variable<T> {
         Ok(())
     }
 
-    /// Its value now; 0 before it is bound.
-    fn read(&self) -> T {
-        let variable = self.0.load(Ordering::Relaxed);
+    /// Where it is; null before it is bound.
+    fn address(&self) -> *mut T {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// Its value now; all zeroes before it is bound.
+    fn read(&self) -> T
+    where
+        T: Zeroable,
+    {
+        let variable = self.address();
         if variable.is_null() {
-            return T::default();
+            return T::zeroed();
         }
         // SAFETY: bound before any VM is ours, and kvm.ko stays while one is.
         unsafe { variable.read_volatile() }
     }
 }
 
-static NX_HUGE_PAGES: Variable<i32> = Variable::new();
-static EAGER_PAGE_SPLIT: Variable<bool> = Variable::new();
-static FLUSH_ON_REUSE: Variable<bool> = Variable::new();
-static NX_RECOVERY_RATIO: Variable<u32> = Variable::new();
-static NX_RECOVERY_PERIOD: Variable<u32> = Variable::new();
+macro_rules! variables {
+    ($($variable:ident: $ty:ty = $name:literal,)*) => {
+        $(static $variable: Variable<$ty> = Variable::new();)*
+
+        fn bind_variables() -> Result {
+            $($variable.bind($name)?;)*
+            Ok(())
+        }
+    };
+}
+
+variables! {
+    NX_HUGE_PAGES: i32 = c"nx_huge_pages",
+    EAGER_PAGE_SPLIT: bool = c"eager_page_split",
+    FLUSH_ON_REUSE: bool = c"force_flush_and_sync_on_reuse",
+    NX_RECOVERY_RATIO: u32 = c"nx_huge_pages_recovery_ratio",
+    NX_RECOVERY_PERIOD: u32 = c"nx_huge_pages_recovery_period_ms",
+    HEADER_CACHE: *mut bindings::kmem_cache = c"mmu_page_header_cache",
+    OPERATIONS: bindings::kvm_x86_ops = c"kvm_x86_ops",
+    TDP_ENABLED: bool = c"tdp_enabled",
+    TDP_MMU_ENABLED: bool = c"tdp_mmu_enabled",
+    MAX_HUGE_PAGE_LEVEL: i32 = c"max_huge_page_level",
+    AD_ENABLED: bool = c"kvm_ad_enabled",
+    MMIO_CACHING: bool = c"enable_mmio_caching",
+    HOST_VALUES: bindings::kvm_host_values = c"kvm_host",
+    PRESENT_MASK: u64 = c"shadow_present_mask",
+    ACCESSED_MASK: u64 = c"shadow_accessed_mask",
+    DIRTY_MASK: u64 = c"shadow_dirty_mask",
+    NX_MASK: u64 = c"shadow_nx_mask",
+    USER_MASK: u64 = c"shadow_user_mask",
+    XS_MASK: u64 = c"shadow_xs_mask",
+    XU_MASK: u64 = c"shadow_xu_mask",
+    ACC_TRACK_MASK: u64 = c"shadow_acc_track_mask",
+    HOST_WRITABLE_MASK: u64 = c"shadow_host_writable_mask",
+    MMU_WRITABLE_MASK: u64 = c"shadow_mmu_writable_mask",
+    ME_VALUE: u64 = c"shadow_me_value",
+    ME_MASK: u64 = c"shadow_me_mask",
+    MMIO_MASK: u64 = c"shadow_mmio_mask",
+    MMIO_ACCESS_MASK: u64 = c"shadow_mmio_access_mask",
+    NONPRESENT_OR_RSVD_MASK: u64 = c"shadow_nonpresent_or_rsvd_mask",
+    NONPRESENT_OR_RSVD_LOWER_GFN_MASK: u64 = c"shadow_nonpresent_or_rsvd_lower_gfn_mask",
+}
+
 static MAX_HUGE_LEVEL: AtomicUsize = AtomicUsize::new(1);
 
 /// Looks the variables up; kvm.ko is there.
 pub fn bind() -> Result {
     table::bind();
-    NX_HUGE_PAGES.bind(c"nx_huge_pages")?;
-    EAGER_PAGE_SPLIT.bind(c"eager_page_split")?;
-    FLUSH_ON_REUSE.bind(c"force_flush_and_sync_on_reuse")?;
-    NX_RECOVERY_RATIO.bind(c"nx_huge_pages_recovery_ratio")?;
-    NX_RECOVERY_PERIOD.bind(c"nx_huge_pages_recovery_period_ms")?;
-    let cache = symbols::require_kvm(c"mmu_page_header_cache")?;
+    bind_variables()?;
     // SAFETY: the address of kvm.ko's `struct kmem_cache *`, which is used only while a VM of ours, and so kvm.ko, lives.
-    unsafe { bindings::rmmu_set_header_cache(cache as *mut *mut bindings::kmem_cache) };
+    unsafe { bindings::rmmu_set_header_cache(HEADER_CACHE.address()) };
     Ok(())
 }
 
@@ -170,87 +212,67 @@ pub fn max_huge_level() -> Level {
 }
 
 /// KVM uses nested paging.
-pub fn tdp_enabled() -> Result<bool> {
-    // SAFETY: a `bool` in kvm.ko.
-    unsafe { symbols::read_kvm::<bool>(c"tdp_enabled") }
+pub fn tdp_enabled() -> bool {
+    TDP_ENABLED.read()
 }
 
 /// KVM uses its TDP MMU where it can.
-pub fn kvm_tdp_mmu() -> Result<bool> {
-    // SAFETY: a `bool` in kvm.ko.
-    unsafe { symbols::read_kvm::<bool>(c"tdp_mmu_enabled") }
+pub fn kvm_tdp_mmu() -> bool {
+    TDP_MMU_ENABLED.read()
 }
 
 /// Binds the vendor module's operations. Returns whether it matters if a page is a device's: for memory types, memory
 /// encryption, or buffers that must be cleared.
-pub fn bind_vendor() -> Result<bool> {
-    let ops = symbols::require_kvm(c"kvm_x86_ops")? as *const bindings::kvm_x86_ops;
+pub fn bind_vendor() -> bool {
     // SAFETY: kvm.ko's table of operations, filled in while a VM exists or is created.
-    let memtypes = unsafe { bindings::rmmu_bind_vendor(ops) };
+    let memtypes = unsafe { bindings::rmmu_bind_vendor(OPERATIONS.address()) };
     // SAFETY: no precondition.
     let buffers = unsafe { bindings::rmmu_host_mmio_buffers() };
-    Ok(memtypes || buffers || mask(c"shadow_me_value")? != 0)
-}
-
-/// Reads a mask of kvm.ko.
-fn mask(name: &kernel::str::CStr) -> Result<u64> {
-    // SAFETY: every name passed is a `u64` in kvm.ko.
-    unsafe { symbols::read_kvm::<u64>(name) }
+    memtypes || buffers || ME_VALUE.read() != 0
 }
 
 /// How entries of this VM look, out of KVM's masks. They are constant while a vendor module is loaded.
-pub fn spte_format(kvm: &Kvm) -> Result<SpteFormat> {
-    // SAFETY: an `int` in kvm.ko, 1 to 3.
-    let max_level = unsafe { symbols::read_kvm::<i32>(c"max_huge_page_level")? };
+pub fn spte_format(kvm: &Kvm) -> SpteFormat {
+    let max_level = MAX_HUGE_PAGE_LEVEL.read();
     MAX_HUGE_LEVEL.store(max_level.clamp(1, 3) as usize, Ordering::Relaxed);
-    // SAFETY: both are `bool` in kvm.ko.
-    let (ad_enabled, mmio_caching) = unsafe {
-        (
-            symbols::read_kvm::<bool>(c"kvm_ad_enabled")?,
-            symbols::read_kvm::<bool>(c"enable_mmio_caching")?,
-        )
-    };
-    // SAFETY: `kvm_host` is a `struct kvm_host_values`, which has no invalid bits in the fields read.
-    let host_values = unsafe { symbols::read_kvm::<bindings::kvm_host_values>(c"kvm_host")? };
-    let physical_bits = u32::from(host_values.maxphyaddr).clamp(32, 52);
-    let present = mask(c"shadow_present_mask")?;
-    let nx = mask(c"shadow_nx_mask")?;
-    let me_mask = mask(c"shadow_me_mask")?;
+    let physical_bits = u32::from(HOST_VALUES.read().maxphyaddr).clamp(32, 52);
+    let nx = NX_MASK.read();
+    let me_mask = ME_MASK.read();
     // Bits of the address that the host does not have, apart from those that select encryption.
     let no_address = (u64::MAX >> 12)
         & !u64::MAX.wrapping_shl(52)
         & u64::MAX.wrapping_shl(physical_bits)
         & !me_mask;
     let ept = nx == 0;
-    Ok(SpteFormat {
-        present,
-        accessed: mask(c"shadow_accessed_mask")?,
-        dirty: mask(c"shadow_dirty_mask")?,
+    SpteFormat {
+        present: PRESENT_MASK.read(),
+        accessed: ACCESSED_MASK.read(),
+        dirty: DIRTY_MASK.read(),
         nx,
-        user: mask(c"shadow_user_mask")?,
-        xs: mask(c"shadow_xs_mask")?,
-        xu: mask(c"shadow_xu_mask")?,
-        acc_track: mask(c"shadow_acc_track_mask")?,
-        host_writable: mask(c"shadow_host_writable_mask")?,
-        mmu_writable: mask(c"shadow_mmu_writable_mask")?,
-        me_value: mask(c"shadow_me_value")?,
+        user: USER_MASK.read(),
+        xs: XS_MASK.read(),
+        xu: XU_MASK.read(),
+        acc_track: ACC_TRACK_MASK.read(),
+        host_writable: HOST_WRITABLE_MASK.read(),
+        mmu_writable: MMU_WRITABLE_MASK.read(),
+        me_value: ME_VALUE.read(),
         me_mask,
         mmio_value: kvm.mmio_value(),
-        mmio_mask: mask(c"shadow_mmio_mask")?,
-        mmio_access_mask: mask(c"shadow_mmio_access_mask")?,
-        nonpresent_or_rsvd: mask(c"shadow_nonpresent_or_rsvd_mask")?,
-        nonpresent_or_rsvd_lower_gfn: mask(c"shadow_nonpresent_or_rsvd_lower_gfn_mask")?,
+        mmio_mask: MMIO_MASK.read(),
+        mmio_access_mask: MMIO_ACCESS_MASK.read(),
+        nonpresent_or_rsvd: NONPRESENT_OR_RSVD_MASK.read(),
+        nonpresent_or_rsvd_lower_gfn: NONPRESENT_OR_RSVD_LOWER_GFN_MASK.read(),
         base_addr_mask: 0x000f_ffff_ffff_f000 & !me_mask,
         rsvd: reserved_bits(no_address),
         // EPT: write without read (XWR 010, 110) and, without execute-only support, is what KVM never makes; see Intel
         // SDM 31.3.3.1, "EPT misconfigurations".
         bad_mt_xwr: if ept { bad_ept_types() } else { 0 },
-        ad_enabled,
-        mmio_caching,
+        ad_enabled: AD_ENABLED.read(),
+        mmio_caching: MMIO_CACHING.read(),
         pml: kvm.cpu_dirty_log_size() != 0,
         // Without nested paging, entries are found by guest virtual addresses, and MMIO entries can have any frame.
-        max_gfn: Gfn((1u64 << (if tdp_enabled()? { physical_bits } else { 52 } - 12)) - 1),
-    })
+        max_gfn: Gfn((1u64 << (if tdp_enabled() { physical_bits } else { 52 } - 12)) - 1),
+    }
 }
 
 /// Bits that are reserved in an entry, by its page-size bit and level - 1: addresses the host lacks, and the low address

@@ -104,17 +104,6 @@ pub fn require_kvm(name: &CStr) -> Result<usize> {
     })
 }
 
-/// Reads a variable of kvm.ko.
-///
-/// # Safety
-///
-/// The variable has type `T`, and any of its values is a valid `T`.
-pub unsafe fn read_kvm<T: Copy>(name: &CStr) -> Result<T> {
-    let address = require_kvm(name)? as *const T;
-    // SAFETY: kvm.ko is loaded, and the caller promises the type.
-    Ok(unsafe { address.read_volatile() })
-}
-
 /// Finds `kallsyms_lookup_name()` and with it every core function we need.
 pub fn init() -> Result {
     // SAFETY: all zeroes is a kprobe that asks for nothing.

@@ -196,7 +196,7 @@ pub fn wait_for_visits() {
 /// Sets the static key to which MMU serves direct roots. It is fixed while VMs of ours exist, and so is what it depends on:
 /// our parameter, and KVM's, which a vendor module that has VMs can not change.
 fn choose_mmu() -> Result {
-    let tdp_mmu = param::wants_tdp_mmu() && param::kvm_tdp_mmu()?;
+    let tdp_mmu = param::wants_tdp_mmu() && param::kvm_tdp_mmu();
     if tdp_mmu != param::tdp_mmu() {
         if STATS.owned.load(Ordering::Relaxed) != 0 {
             return Err(EBUSY);
@@ -209,16 +209,16 @@ fn choose_mmu() -> Result {
 fn take(kvm: &Kvm) -> Result {
     let _ownership = OWNERSHIP.lock();
     choose_mmu()?;
-    let host_mmio_matters = param::bind_vendor()?;
+    let host_mmio_matters = param::bind_vendor();
     let reference = ModuleReference::get()?;
     let vm = KBox::new(
         Vm {
             kvm: kvm.for_lifetime_of_owner(),
-            format: param::spte_format(kvm)?,
+            format: param::spte_format(kvm),
             tdp: Tdp::new(),
             shadow: Shadow::new(kvm.max_mmu_pages()),
             shadow_stats: ShadowStats::default(),
-            tdp_enabled: param::tdp_enabled()?,
+            tdp_enabled: param::tdp_enabled(),
             tables: AtomicI64::new(0),
             faults: FaultCounters::default(),
             around: around::Around::new(),
@@ -235,7 +235,7 @@ fn take(kvm: &Kvm) -> Result {
     Ok(())
 }
 
-/// The VM is destroyed: gives back everything, and the module reference for the caller to drop last.
+/// The VM is destroyed: gives back everything, and the module reference for the caller to drop last, after [`released`].
 pub fn release(kvm: &Kvm) -> Option<ModuleReference> {
     let vm = kvm.take_from_owner::<Vm>()?;
     vm.debugfs.remove();
@@ -248,7 +248,6 @@ pub fn release(kvm: &Kvm) -> Option<ModuleReference> {
             unsafe { free_buckets(buckets) };
         }
     }
-    table::wait_for_frees();
     let left = vm.tables.load(Ordering::Relaxed);
     if left != 0 || !vm.tdp.is_empty() {
         pr_err!("VM is gone, but {} of its page tables are not\n", left);
@@ -257,6 +256,14 @@ pub fn release(kvm: &Kvm) -> Option<ModuleReference> {
     drop(vm);
     STATS.owned.fetch_sub(1, Ordering::Relaxed);
     Some(ModuleReference(()))
+}
+
+/// KVM has given back its part, too. The headers of tables are of a cache of kvm.ko, which may be unloaded when the last VM
+/// is gone, so grace periods have to be over. If KVM uses its TDP MMU it has waited just now, and waiting takes long.
+pub fn released() {
+    if !param::kvm_tdp_mmu() {
+        table::wait_for_frees();
+    }
 }
 
 /// Switches the parameter `tdp_mmu`.

@@ -153,6 +153,28 @@ static void churn(const struct row *row)
 	backing_unmap(base, CHURN_SIZE);
 }
 
+#define LIVES		20
+
+/* What a monitor of short-lived guests pays; waits for grace periods are in it. */
+static void lifetime(const struct row *row)
+{
+	struct touch order = { .base = VM_SHARED_GPA, .pages = 1, .count = 1 };
+	uint64_t birth = 0, death = 0, begin;
+	struct vm vm;
+
+	for (int i = 0; i < LIVES; i++) {
+		begin = now_ns();
+		bench_vm(&vm);
+		touch(touch_vcpu(&vm), order);
+		birth += now_ns() - begin;
+		begin = now_ns();
+		vm_destroy(&vm);
+		death += now_ns() - begin;
+	}
+	report(row, "made, first run", "time", (double)birth / LIVES);
+	report(row, "destroyed", "time", (double)death / LIVES);
+}
+
 const struct row zap_rows[] = {
 	{ "unmap 1G of 4K", AROUND_DEFAULT, unmap, { 0 } },
 	{ "unmap 1G of 2M", AROUND_DEFAULT, unmap, { 1 } },
@@ -160,6 +182,7 @@ const struct row zap_rows[] = {
 	{ "delete a slot of 1G of 4K", AROUND_DEFAULT, delete_slot, { 0 } },
 	{ "delete a slot of 1G of 2M", AROUND_DEFAULT, delete_slot, { 1 } },
 	{ "slot made, 16 pages written, deleted", AROUND_DEFAULT, churn, { 0 } },
+	{ "VM with one vCPU", AROUND_DEFAULT, lifetime, { 0 } },
 	{ "page tables of 1G of 4K", AROUND_DEFAULT, table_memory, { 0 } },
 	{ 0 },
 };
