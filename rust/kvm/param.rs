@@ -88,7 +88,7 @@ impl<T: Copy> Variable<T> {
         Variable(AtomicPtr::new(core::ptr::null_mut()))
     }
 
-    /// Looks it up; `T` is its type in kvm.ko.
+    /// Looks it up.
     fn bind(&self, name: &kernel::str::CStr) -> Result {
         self.0
             .store(symbols::require_kvm(name)? as *mut T, Ordering::Relaxed);
@@ -109,7 +109,8 @@ impl<T: Copy> Variable<T> {
         if variable.is_null() {
             return T::zeroed();
         }
-        // SAFETY: bound before any VM is ours, and kvm.ko stays while one is.
+        // SAFETY: bound before any VM is ours, and kvm.ko stays while one is. `T` is the type it has in kvm.ko, of which every
+        // value is valid.
         unsafe { variable.read_volatile() }
     }
 }
@@ -125,6 +126,7 @@ macro_rules! variables {
     };
 }
 
+// The types are those of their definitions in kvm.ko.
 variables! {
     NX_HUGE_PAGES: i32 = c"nx_huge_pages",
     EAGER_PAGE_SPLIT: bool = c"eager_page_split",
