@@ -8,6 +8,7 @@
 . /selftests/lib/guest.sh
 SOURCE=/tmp/source
 TARGET=/tmp/target
+GUEST_POLL=1000000
 
 # start NAME OWNED WORDS...: a QEMU that can be told things. What is written before it listens would be lost.
 start() {
@@ -19,17 +20,7 @@ start() {
 	GUEST_OPTIONS="-monitor pipe:$log.monitor $*"
 	guest_start "$log"
 	cat "$log".monitor.out > "$log".said &
-	wait_for grep -qs "(qemu)" "$log".said
-}
-
-# wait_for COMMAND...: until it succeeds; false when time is up or the QEMU started last is gone
-wait_for() {
-	left=$GUEST_TIMEOUT
-	until "$@"; do
-		left=$((left - 1))
-		[ $left -gt 0 ] && kill -0 "$guest_pid" || return 1
-		sleep 1
-	done
+	guest_wait_for grep -qs "(qemu)" "$log".said
 }
 
 # Opened for both, so that nobody waits for a QEMU that is gone.
@@ -61,11 +52,11 @@ move() {
 		tell $TARGET "migrate_set_capability $3 on"
 	fi
 	tell $TARGET "migrate_incoming unix:/tmp/wire"
-	wait_for [ -S /tmp/wire ] || return 1
+	guest_wait_for [ -S /tmp/wire ] || return 1
 	tell $SOURCE "migrate -d unix:/tmp/wire"
 	[ -z "$3" ] || tell $SOURCE "migrate_start_postcopy"
-	wait_for moved || return 1
-	wait_for went_on && [ "$(owner)" = "$2" ] && ! grep "wrong data" $SOURCE $TARGET
+	guest_wait_for moved || return 1
+	guest_wait_for went_on && [ "$(owner)" = "$2" ] && ! grep "wrong data" $SOURCE $TARGET
 }
 
 # migrate FROM TO [CAPABILITY]: an owner is 0 for in-tree KVM, 1 for rmmu

@@ -21,15 +21,20 @@ guest_start() {
 	guest_pid=$!
 }
 
-# Wait until the console $1 has a line that matches $2; false when the guest ends or time is up. GUEST_POLL: how long
+# guest_wait_for COMMAND...: until it succeeds; false when the guest started last ends or time is up. GUEST_POLL: how long
 # between two looks, in microseconds.
-guest_wait() {
+guest_wait_for() {
 	left=$((GUEST_TIMEOUT * 1000000 / ${GUEST_POLL:=100000}))
-	until grep -q "$2" "$1" 2>/dev/null; do
+	until "$@"; do
 		left=$((left - 1))
 		[ $left -gt 0 ] && kill -0 "$guest_pid" 2>/dev/null || return 1
 		usleep $GUEST_POLL
 	done
+}
+
+# Wait until the console $1 has a line that matches $2.
+guest_wait() {
+	guest_wait_for grep -qs "$2" "$1"
 }
 
 # Why a guest is gone or stuck, for the log of a test that failed. The guest is reaped.
