@@ -7,6 +7,7 @@ and the compilers that built the stock kernel. What comes out is compared with t
 line by line, and the names of the Rust symbols it exports, which contain a hash of compiler and crate.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -259,9 +260,13 @@ def clippy_module(root, kernel):
 
 
 def _kbuild(root, kernel, build, step, *targets):
-    root.run(["make", "-C", kernel.tree, f"M={buildroot.PROJECT}", f"MO={build}", *kernel.toolchain,
-              f"KERNELRELEASE={kernel.release}", "-j", ui.jobs(), *targets],
-             binds=[] if kernel.modules_dir else [kernel.tree], log=step)
+    # kbuild writes to the kernel's tree, too: what Rust's macros include of assembly is generated for each module again.
+    # Clones that share a tree of ours take turns.
+    turn = cache.locked(kernel.tree.with_suffix(".lock"), "a module") if kernel.modules_dir else contextlib.nullcontext()
+    with turn:
+        root.run(["make", "-C", kernel.tree, f"M={buildroot.PROJECT}", f"MO={build}", *kernel.toolchain,
+                  f"KERNELRELEASE={kernel.release}", "-j", ui.jobs(), *targets],
+                 binds=[] if kernel.modules_dir else [kernel.tree], log=step)
 
 
 def _make_module(root, kernel, build, step, had_warnings):
