@@ -21,7 +21,10 @@ static int __init direct_user_init(void)
 
 	if (ret)
 		return ret;
-	return register_ftrace_direct(&ops, (unsigned long)direct_user_stub);
+	ret = register_ftrace_direct(&ops, (unsigned long)direct_user_stub);
+	if (ret)
+		ftrace_free_filter(&ops);
+	return ret;
 }
 
 static void __exit direct_user_exit(void)
