@@ -9,18 +9,8 @@ times=${1:-20}
 
 boot() {
 	owned=$(rmmu_stat vms_owned_total)
-	guest_start /tmp/guest.log
-	guest_wait /tmp/guest.log "guest: workload done" || {
-		guest_post_mortem /tmp/guest.log > /tmp/post_mortem
-		note "the guest did not finish: $(cat /tmp/post_mortem)"
-		guest_stop
-		return 1
-	}
-	owner=$(cat "$(guest_rmmu_dir)/owner")
-	guest_stop
-	note "$(grep -E 'user space|workload' /tmp/guest.log | tr '\n' ' ')"
-	grep "wrong data" /tmp/guest.log && return 1
-	grep -q "guest: 2 CPUs" /tmp/guest.log && [ "$owner" = rmmu ] &&
+	guest_works /tmp/guest.log || return 1
+	grep -q "guest: 2 CPUs" /tmp/guest.log && [ "$guest_owner" = rmmu ] &&
 		[ "$(rmmu_stat vms_owned_total)" -gt "$owned" ]
 }
 

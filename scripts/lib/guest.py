@@ -10,9 +10,10 @@ import owntests
 import ui
 
 QEMU = "/usr/bin/qemu-system-x86_64"
-# What QEMU's microvm machine reads besides the kernel.
+# What QEMU's machines read besides the kernel: microvm, and PCs with a display.
 FIRMWARE = ("/usr/share/seabios/bios-microvm.bin", "/usr/share/qemu/qboot.rom", "/usr/share/qemu/linuxboot_dma.bin",
-            "/usr/share/qemu/pvh.bin")
+            "/usr/share/qemu/pvh.bin", "/usr/share/seabios/bios-256k.bin", "/usr/share/seabios/vgabios-stdvga.bin",
+            "/usr/share/qemu/kvmvapic.bin")
 INIT = owntests.SOURCE / "guest" / "linux-guest-init"
 # For a guest that runs guests itself. Its initramfs is made in the test VM, which has all it takes.
 HYPERVISOR_INIT = owntests.SOURCE / "guest" / "hypervisor-init"

@@ -9,11 +9,12 @@ GUEST_TIMEOUT=$((${GUEST_TIMEOUT:-180} * TIME_FACTOR))
 #
 # Start the guest, its console in the file $1, what QEMU says in $1.qemu, and the vCPUs' registers at each reset (a triple
 # fault is one, and silent otherwise) in $1.reset. Sets guest_pid. GUEST_CPUS, GUEST_MEMORY,
-# GUEST_INITRD, GUEST_CMDLINE, GUEST_ACCEL (what follows "kvm") and GUEST_OPTIONS (words for QEMU) are the caller's.
+# GUEST_MACHINE, GUEST_INITRD, GUEST_CMDLINE, GUEST_ACCEL (what follows "kvm") and GUEST_OPTIONS (words for QEMU) are the
+# caller's.
 guest_start() {
 	rm -f "$1"
 	qemu-system-x86_64 -accel "kvm$GUEST_ACCEL" -cpu host,-kvm-pv-eoi -smp ${GUEST_CPUS:-2} -m ${GUEST_MEMORY:-512M} \
-		-machine microvm,isa-serial=on,pit=off,pic=off,rtc=on \
+		-machine "${GUEST_MACHINE:-microvm,isa-serial=on,pit=off,pic=off,rtc=on}" \
 		-nodefaults -no-user-config -display none -no-reboot -serial "file:$1" \
 		-d cpu_reset -D "$1.reset" $GUEST_OPTIONS \
 		-kernel /guest/vmlinuz -initrd "${GUEST_INITRD:-/guest/initrd}" \
@@ -54,6 +55,21 @@ guest_stop() {
 	kill "$guest_pid" 2>/dev/null
 	wait "$guest_pid" 2>/dev/null
 	:
+}
+
+# guest_works LOG: the guest boots and works on memory. Sets guest_owner; says why not.
+guest_works() {
+	guest_start "$1"
+	guest_wait "$1" "guest: workload done" || {
+		guest_post_mortem "$1" > "$1.post_mortem"
+		note "the guest did not finish: $(cat "$1.post_mortem")"
+		guest_stop
+		return 1
+	}
+	guest_owner=$(cat "$(guest_rmmu_dir)/owner")
+	guest_stop
+	note "$(grep -E 'user space|workload' "$1" | tr '\n' ' ')"
+	! grep "wrong data" "$1"
 }
 
 # KVM's debugfs directory of the guest, and rmmu's (empty when it does not own the VM).
