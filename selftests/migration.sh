@@ -53,6 +53,8 @@ move() {
 	fi
 	tell $TARGET "migrate_incoming unix:/tmp/wire"
 	guest_wait_for [ -S /tmp/wire ] || return 1
+	# The guest is not slowed down by a debug kernel, but what is to keep up with it is.
+	tell $SOURCE "migrate_set_parameter downtime-limit $((300 * TIME_FACTOR * TIME_FACTOR))"
 	tell $SOURCE "migrate -d unix:/tmp/wire"
 	[ -z "$3" ] || tell $SOURCE "migrate_start_postcopy"
 	guest_wait_for moved || return 1
