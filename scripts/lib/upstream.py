@@ -10,11 +10,31 @@ import ui
 
 IN_GUEST = "/kvm"
 
-# Two tests repeat one thing so often that an emulator needs minutes for it. Of these a
-# second program is built that does the same less often: {program: (macro, smaller value)}.
-SMALLER = {
-    "hardware_disable_test": ("FORK_NUM", "(1ULL << 3)"),
-    "rseq_test": ("NR_TASK_MIGRATIONS", "2000"),
+# Programs that are built besides upstream's own: {name: (program, [(pattern, replacement, how often it is there)])}.
+#
+# small: two tests repeat one thing so often that an emulator needs minutes for it. These do the same less often.
+# sleeping: for where instructions are counted, those of all threads. Upstream's wait for each other by spinning.
+_SLEEP = "usleep(200);"
+VARIANTS = {
+    "hardware_disable_test_small": ("hardware_disable_test", [
+        (r"^(#define FORK_NUM)\s.*$", r"\1 (1ULL << 3)", 1),
+    ]),
+    "rseq_test_small": ("rseq_test", [
+        (r"^(#define NR_TASK_MIGRATIONS)\s.*$", r"\1 2000", 1),
+    ]),
+    "dirty_log_perf_test_sleeping": ("dirty_log_perf_test", [
+        # The main thread, for a vCPU to end an iteration; and a vCPU's thread, for the next one.
+        (r"(while \(READ_ONCE\(vcpu_last_completed_iteration\[i\]\)\s*!=\s*iteration\))\s*;", rf"\1 {_SLEEP}", 2),
+        (r"(while \(current_iteration == READ_ONCE\(iteration\) &&[^;{}]*\)) \{\}", rf"\1 {_SLEEP}", 1),
+    ]),
+    "access_tracking_perf_test_sleeping": ("access_tracking_perf_test", [
+        (r"(while \(READ_ONCE\(vcpu_last_completed_iteration\[vcpu_idx\]\) !=[^;{}]*\{)\s*continue;", rf"\1 {_SLEEP}", 1),
+        (r"(\n\tdo \{)(\s*if \(READ_ONCE\(memstress_args.stop_vcpus\)\))", rf"\1 {_SLEEP}\2", 1),
+    ]),
+    "memslot_perf_test_sleeping": ("memslot_perf_test", [
+        # The host's side. The guest's cannot but spin.
+        (r"(while \(atomic_load_explicit\(&sync->sync_flag, memory_order_acquire\)\))\s*;", rf"\1 {_SLEEP}", 1),
+    ]),
 }
 
 
@@ -22,7 +42,7 @@ def ensure(environment):
     """The directory that holds the programs, laid out as the guest sees it below /kvm."""
     kernel, root = environment.kernel, environment.root_handle
     return cache.keyed(
-        "selftests-kvm", kernel.key, root.key, SMALLER, _RECIPE,
+        "selftests-kvm", kernel.key, root.key, VARIANTS, _RECIPE,
         build=lambda directory: _build(directory, kernel, root),
     )
 
@@ -39,7 +59,7 @@ exec make -s -C "$work/tools/testing/selftests/kvm" -j "$jobs" CC="$4" top_srcdi
 def _build(directory, kernel, root):
     work = directory / "work"
     tree = kernel.tree_host
-    # A copy, for the tree belongs to the kernel's cache entry and smaller variants are added.
+    # A copy, for the tree belongs to the kernel's cache entry and variants are added.
     source = work / "tools/testing/selftests"
     source.mkdir(parents=True)
     for name in ("arch", "build", "include", "lib", "scripts"):
@@ -49,7 +69,7 @@ def _build(directory, kernel, root):
         _copy(tree / "tools/testing/selftests" / name, source / name)
     for path in (tree / "tools/testing/selftests").glob("*.h"):
         _copy(path, source / path.name)
-    _add_smaller(source / "kvm")
+    _add_variants(source / "kvm")
     with ui.step("selftests: building upstream's KVM tests", log=cache.log_path("selftests-kvm")) as step:
         root.run(["sh", "-c", _RECIPE, "build", kernel.tree, work, ui.jobs(), kernel.cc], log=step)
         programs = work / "programs"
@@ -73,16 +93,17 @@ def _copy(source, target):
         shutil.copy2(source, target)
 
 
-def _add_smaller(kvm):
+def _add_variants(kvm):
     makefile = kvm / "Makefile.kvm"
     lines = []
-    for program, (macro, value) in SMALLER.items():
+    for name, (program, changes) in VARIANTS.items():
         text = (kvm / f"{program}.c").read_text()
-        text, count = re.subn(rf"^(#define {macro})\s.*$", rf"\1 {value}", text, flags=re.M)
-        if count != 1:
-            raise ui.Error(f"upstream's {program}.c has no {macro} any more: mend SMALLER in {__file__}")
-        (kvm / f"{program}_small.c").write_text(text)
-        lines.append(f"TEST_GEN_PROGS_x86 += {program}_small\n")
+        for pattern, replacement, times in changes:
+            text, count = re.subn(pattern, replacement, text, flags=re.M)
+            if count != times:
+                raise ui.Error(f"upstream's {program}.c has '{pattern}' {count} times, not {times}: mend VARIANTS in {__file__}")
+        (kvm / f"{name}.c").write_text(text)
+        lines.append(f"TEST_GEN_PROGS_x86 += {name}\n")
     makefile.write_text(makefile.read_text().replace("TEST_PROGS +=", "".join(lines) + "TEST_PROGS +=", 1))
 
 
