@@ -135,7 +135,6 @@ void rmmu_mmio_cache(struct kvm_vcpu *vcpu, u64 gva, gfn_t gfn, unsigned int acc
 	vcpu_cache_mmio_info(vcpu, gva, gfn, access);
 }
 
-void rmmu_mmio_forget(struct kvm_vcpu *vcpu) { vcpu_clear_mmio_info(vcpu, MMIO_GVA_ANY); }
 bool rmmu_guest_mode(struct kvm_vcpu *vcpu) { return is_guest_mode(vcpu); }
 void rmmu_signal_exit(struct kvm_vcpu *vcpu) { kvm_handle_signal_exit(vcpu); }
 

@@ -76,7 +76,6 @@ u64 rmmu_memslots_generation(struct kvm_vcpu *vcpu);
 unsigned int rmmu_nr_address_spaces(struct kvm *kvm);
 bool rmmu_mmio_cached(struct kvm_vcpu *vcpu, u64 address, bool direct);
 void rmmu_mmio_cache(struct kvm_vcpu *vcpu, u64 gva, gfn_t gfn, unsigned int access);
-void rmmu_mmio_forget(struct kvm_vcpu *vcpu);
 bool rmmu_guest_mode(struct kvm_vcpu *vcpu);
 void rmmu_signal_exit(struct kvm_vcpu *vcpu);
 void rmmu_memory_fault_exit(struct kvm_vcpu *vcpu, gfn_t gfn, bool write, bool exec);

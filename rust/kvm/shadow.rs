@@ -380,6 +380,8 @@ pub struct ShadowCpu<'a> {
     vcpu: &'a Vcpu,
     /// Pages of the host for entries that are installed in advance.
     neighbours: Neighbours,
+    /// Whether the host's page table is worth a look for them.
+    look: bool,
     /// Those among them that a reference is held on.
     held: [*mut bindings::page; PREFETCH],
     held_count: usize,
@@ -388,9 +390,16 @@ pub struct ShadowCpu<'a> {
 impl<'a> ShadowCpu<'a> {
     /// The vCPU, whose caches have been filled.
     pub fn new(vcpu: &'a Vcpu) -> Self {
+        Self::for_fault(vcpu, true)
+    }
+
+    /// The same, in a fault at a page that the host had mapped, `resident`, or had not. In the latter case its neighbours are
+    /// most likely not mapped either.
+    pub fn for_fault(vcpu: &'a Vcpu, resident: bool) -> Self {
         ShadowCpu {
             vcpu,
             neighbours: Neighbours::new(),
+            look: resident,
             held: [core::ptr::null_mut(); PREFETCH],
             held_count: 0,
         }
@@ -472,9 +481,10 @@ impl<'k> ShadowVcpu<KvmHost<'k>> for ShadowCpu<'_> {
         self.vcpu.memslots_generation()
     }
 
-    /// The host's page table is looked at, as for the frame that faulted: no page is held, and none marked. Under the lock
-    /// nothing is taken away, since no invalidation is in progress (`may_prefetch`), and a page that the host may write is
-    /// dirty there already. One look covers the aligned group of frames, which most often is that of the guest's entries.
+    /// If the page that faulted was there, the host's page table is looked at for these, too: no page is held, and none
+    /// marked. Under the lock nothing is taken away, since no invalidation is in progress (`may_prefetch`), and a page that
+    /// the host may write is dirty there already. One look covers the aligned group of frames, which most often is that of
+    /// the guest's entries.
     ///
     /// Where that finds nothing the host is asked for a reference: it may have the page, but clean.
     fn prefetch_pages(
@@ -485,7 +495,7 @@ impl<'k> ShadowVcpu<KvmHost<'k>> for ShadowCpu<'_> {
         gfn: Gfn,
         pfns: &mut [Pfn],
     ) -> usize {
-        if self.neighbours.writable(slot, gfn).is_none() {
+        if self.look && self.neighbours.writable(slot, gfn).is_none() {
             let start = Gfn(gfn.0 & !(PREFETCH as u64).wrapping_sub(1));
             let group = GfnRange::new(start, start.add(PREFETCH as u64));
             let group = group.intersect(slot.range());

@@ -404,9 +404,10 @@ impl Vcpu {
     }
 
     /// Forgets it.
+    #[inline]
     pub fn mmio_forget(&self) {
-        // SAFETY: as above.
-        unsafe { bindings::rmmu_mmio_forget(self.as_ptr()) }
+        // SAFETY: as above. 0 is how KVM says that it remembers no address (vcpu_match_mmio_gva()).
+        unsafe { (*self.as_ptr()).arch.mmio_gva = 0 }
     }
 
     /// Forgets it if it is at this guest virtual address.

@@ -137,15 +137,21 @@ impl Vm {
         }
     }
 
+    /// Drops the root in use. Out of line: a switch that finds its root has no need of the registers this takes.
+    #[cold]
+    #[inline(never)]
+    fn drop_root_in_use(&self, mmu: &Mmu) {
+        self.drop_roots(mmu, RootSet::IN_USE, |_| true);
+    }
+
     /// The guest loads CR3, or the context changed its role; `kvm_mmu_new_pgd()`.
     ///
     /// A root that was used for this before is used again. If there is none, the next entry loads one.
     pub fn new_pgd(&self, vcpu: &Vcpu, pgd: u64) {
         let mmu = vcpu.mmu();
-        let in_use = RootSet::IN_USE;
         // PAE entries and what is above them are one set a context: they cannot be kept.
         if let Some(RootKind::Special | RootKind::Dummy) = mmu.root().map(root_kind) {
-            self.drop_roots(mmu, in_use, |_| true);
+            self.drop_root_in_use(mmu);
         }
         let (role, direct) = (mmu.role_word(), mmu.direct());
         let mut shadow = None;
@@ -164,7 +170,7 @@ impl Vm {
             }
         });
         if !found {
-            return self.drop_roots(mmu, in_use, |_| true);
+            return self.drop_root_in_use(mmu);
         }
         vcpu.request_load_pgd();
         if param::flush_on_reuse() {

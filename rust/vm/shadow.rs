@@ -161,7 +161,7 @@ impl Vm {
             Err(handled) => return handled,
         };
         let mut fault = self.fault_at(vcpu, access, slot, &backing);
-        let (page, host_level_known) = backing.into_page();
+        let (page, resident) = backing.into_page();
         let root = LoadedRoot::of(vcpu.mmu(), root);
         let mmu = vcpu.mmu();
         let supervisor_write = access.write && access.error_code & ErrorCode::USER.bits() == 0;
@@ -174,7 +174,7 @@ impl Vm {
             walk.write_without_wp(mmu.smep());
         }
         fault.max_level = fault.max_level.min(walk.level);
-        let mut cpu = ShadowCpu::new(vcpu);
+        let mut cpu = ShadowCpu::for_fault(vcpu, resident);
         let host = self.host();
         let (outcome, own_table) = with_guest!(paging, memory, guest => {
             self.shadow.map_guest(
@@ -186,7 +186,7 @@ impl Vm {
                 access.address,
                 &walk,
                 &mut fault,
-                |fault| self.adjust(fault, walk.access, host_level_known),
+                |fault| self.adjust(fault, walk.access, resident),
             )
         });
         *level = fault.goal_level;
@@ -216,14 +216,14 @@ impl Vm {
             Err(handled) => return handled,
         };
         let mut fault = self.fault_at(vcpu, access, slot, &backing);
-        let (page, host_level_known) = backing.into_page();
+        let (page, resident) = backing.into_page();
         let root = LoadedRoot::of(vcpu.mmu(), root);
         if !self.tdp_enabled {
             // A guest without paging has PAE tables, whose entries map 2 MiB at most.
             fault.max_level = fault.max_level.min(Level::L2M);
         }
-        self.adjust(&mut fault, all, host_level_known);
-        let mut cpu = ShadowCpu::new(vcpu);
+        self.adjust(&mut fault, all, resident);
+        let mut cpu = ShadowCpu::for_fault(vcpu, resident);
         let outcome = self.shadow.map_direct(
             &self.host(),
             lock.token(),
@@ -322,11 +322,11 @@ impl Vm {
     }
 
     /// Chooses the level, when all tables that are shadowed are accounted for.
-    fn adjust(&self, fault: &mut Fault<'_, Slot>, access: u8, host_level_known: bool) {
+    fn adjust(&self, fault: &mut Fault<'_, Slot>, access: u8, resident: bool) {
         let pfn = match fault.slot {
             Some(slot) => {
                 // The look at the host's page table has limited the level already.
-                if host_level_known {
+                if resident {
                     self.choose_level_by(fault, |gfn, limit| slot.max_level(gfn, limit));
                 } else {
                     self.choose_level(slot, fault);
@@ -501,7 +501,7 @@ enum ReadyBacking {
 }
 
 impl ReadyBacking {
-    /// The page that a reference is held on; and whether the level is known at which the host maps the page.
+    /// The page that a reference is held on; or else whether the host maps the page, so that its level is known.
     fn into_page(self) -> (Option<HostPage>, bool) {
         match self {
             ReadyBacking::Resident { .. } => (None, true),

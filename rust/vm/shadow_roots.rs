@@ -69,11 +69,6 @@ impl LoadedRoot {
             None => Root::Pae(&self.entries),
         }
     }
-
-    /// The root's page, if it is one.
-    pub(super) fn page(&self) -> Option<PagePtr> {
-        self.page
-    }
 }
 
 impl Vm {
@@ -227,32 +222,34 @@ impl Vm {
     /// Brings the roots in use up to date with the guest's tables; `kvm_mmu_sync_roots()`.
     pub fn sync_roots(&self, vcpu: &Vcpu) {
         let mmu = vcpu.mmu();
-        if mmu.direct() || mmu.root().is_none() {
+        if mmu.direct() {
             return;
         }
-        vcpu.mmio_forget();
-        let Some(root) = self.shadow_root(mmu) else {
+        let Some(root) = mmu.root() else {
             return;
         };
-        match root.page() {
-            Some(page) => {
-                if self.shadow.is_unsync(page) {
-                    self.sync_pages(vcpu, [Some(page), None, None, None]);
-                }
+        vcpu.mmio_forget();
+        match root_kind(root) {
+            RootKind::Shadow(page) if self.shadow.is_unsync(page) => {
+                self.sync_pages(vcpu, [Some(page), None, None, None]);
             }
-            None => {
-                let pages = root.entries.map(pae_root);
-                if pages
-                    .iter()
-                    .flatten()
-                    .any(|page| self.shadow.is_unsync(*page))
-                {
-                    self.sync_pages(vcpu, pages);
-                }
-            }
+            RootKind::Special => self.sync_pae_roots(vcpu, mmu),
+            RootKind::Shadow(_) | RootKind::Tdp(_) | RootKind::Dummy => {}
         }
     }
 
+    #[cold]
+    #[inline(never)]
+    fn sync_pae_roots(&self, vcpu: &Vcpu, mmu: &Mmu) {
+        let pages = mmu.pae_entries().unwrap_or_default().map(pae_root);
+        let unsync = |page: &PagePtr| self.shadow.is_unsync(*page);
+        if pages.iter().flatten().any(unsync) {
+            self.sync_pages(vcpu, pages);
+        }
+    }
+
+    /// Out of line, as in most calls there is nothing to do.
+    #[inline(never)]
     fn sync_pages(&self, vcpu: &Vcpu, pages: Roots) {
         let Some(paging) = Paging::of(self, vcpu) else {
             return;

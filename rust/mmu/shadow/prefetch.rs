@@ -34,22 +34,20 @@ impl<'l, H: ShadowHost> Op<'l, H> {
         let page = entry.page;
         let access = page.role().access();
         let group = group_of(entry.index);
-        let end = group.wrapping_add(GROUP);
-        let mut index = group;
-        while index < end {
-            // Runs of entries that are not present, each looked up at once.
-            let run = (index..end)
-                .take_while(|&i| i != entry.index && !Entry::new(page, i).spte().is_present())
-                .count();
-            if run == 0 {
-                index = index.wrapping_add(1);
-                continue;
-            }
-            let first = Entry::new(page, index);
-            if !self.prefetch(vcpu, first, first.gfn(), run, access) {
+        let mut absent = (0..GROUP).fold(0u32, |absent, i| {
+            let neighbour = Entry::new(page, group.wrapping_add(i));
+            absent | u32::from(!neighbour.spte().is_present()) << i
+        });
+        absent &= !(1 << entry.index.wrapping_sub(group));
+        // Runs of entries that are not present, each looked up at once.
+        while absent != 0 {
+            let start = absent.trailing_zeros();
+            let run = (absent >> start).trailing_ones();
+            let first = Entry::new(page, group.wrapping_add(start as usize));
+            if !self.prefetch(vcpu, first, first.gfn(), run as usize, access) {
                 return;
             }
-            index = index.wrapping_add(run);
+            absent &= u32::MAX << start.wrapping_add(run);
         }
     }
 
