@@ -23,14 +23,6 @@ hypervisor_initrd() (
 		cd /tmp/init && echo init | cpio -o -H newc >> /tmp/hypervisor.initrd
 )
 
-# The hypervisor, or the guest that it runs, says $1.
-says() {
-	guest_wait $log "$1" && return
-	guest_post_mortem $log > /tmp/post_mortem
-	note "$(cat /tmp/post_mortem)"
-	return 1
-}
-
 shadow_stat() {
 	sed -n "s/^$1 //p" "$(guest_rmmu_dir)/shadow"
 }
@@ -53,9 +45,9 @@ check "an initramfs for the hypervisor can be made" hypervisor_initrd
 candidates > /tmp/probed
 probe
 GUEST_MEMORY=1536M GUEST_INITRD=/tmp/hypervisor.initrd guest_start $log
-check "Linux boots in a VM of rmmu's, and has KVM with nested paging" says "hypervisor: KVM is there, with nested paging"
-check "Linux boots in a VM of that" says "guest: user space"
-check "and works" says "guest: workload done"
+check "Linux boots in a VM of rmmu's, and has KVM with nested paging" guest_says $log "hypervisor: KVM is there, with nested paging"
+check "Linux boots in a VM of that" guest_says $log "guest: user space"
+check "and works" guest_says $log "guest: workload done"
 note "$(grep -aE 'hypervisor:|guest:' $log | tr -d '\r' | tr '\n' ' ')"
 check "on right data" eval '! grep "wrong data" $log'
 check "by rmmu's shadow pages" is_shadowed

@@ -57,12 +57,19 @@ guest_stop() {
 	:
 }
 
+# guest_says LOG LINE: the console has a line that matches, sooner or later; says why not.
+guest_says() {
+	guest_wait "$1" "$2" && return
+	# Not in a subshell, which could not reap the guest.
+	guest_post_mortem "$1" > "$1.post_mortem"
+	note "the guest did not say '$2': $(cat "$1.post_mortem")"
+	return 1
+}
+
 # guest_works LOG: the guest boots and works on memory. Sets guest_owner; says why not.
 guest_works() {
 	guest_start "$1"
-	guest_wait "$1" "guest: workload done" || {
-		guest_post_mortem "$1" > "$1.post_mortem"
-		note "the guest did not finish: $(cat "$1.post_mortem")"
+	guest_says "$1" "guest: workload done" || {
 		guest_stop
 		return 1
 	}
