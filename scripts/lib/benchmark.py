@@ -43,7 +43,7 @@ UPSTREAM = (
      (("create", rf"KVM_CREATE_MAPPINGS: total execution time:\s*{_SECONDS}"),
       ("update", rf"KVM_UPDATE_MAPPINGS: total execution time:\s*{_SECONDS}"),
       ("adjust", rf"KVM_ADJUST_MAPPINGS: total execution time:\s*{_SECONDS}"))),
-    ("memslot_perf_test, map", "/kvm/memslot_perf_test_sleeping -f 0 -e 0 -l 1 -r 1 -s 128",
+    ("memslot_perf_test, map", "/kvm/memslot_perf_test -f 0 -e 0 -l 1 -r 1 -s 128",
      (("", rf"Best runtime result was {_SECONDS} per iteration"),)),
     ("dirty_log_perf_test in a nested guest", "/kvm/dirty_log_perf_test_sleeping -v 1 -b 32M -i 3 -n -c {cpus}",
      (("populate", rf"Populate memory time:\s*{_SECONDS}"),

@@ -31,10 +31,6 @@ VARIANTS = {
         (r"(while \(READ_ONCE\(vcpu_last_completed_iteration\[vcpu_idx\]\) !=[^;{}]*\{)\s*continue;", rf"\1 {_SLEEP}", 1),
         (r"(\n\tdo \{)(\s*if \(READ_ONCE\(memstress_args.stop_vcpus\)\))", rf"\1 {_SLEEP}\2", 1),
     ]),
-    "memslot_perf_test_sleeping": ("memslot_perf_test", [
-        # The host's side. The guest's cannot but spin.
-        (r"(while \(atomic_load_explicit\(&sync->sync_flag, memory_order_acquire\)\))\s*;", rf"\1 {_SLEEP}", 1),
-    ]),
 }
 
 
