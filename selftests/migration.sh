@@ -28,6 +28,15 @@ tell() {
 	echo "$2" 1<> "$1".monitor.in
 }
 
+# sooner_or_later COMMAND...: it succeeds; false when time is up, and at once when QEMU refuses something.
+sooner_or_later() {
+	guest_wait_for refused_or "$@" && "$@"
+}
+
+refused_or() {
+	grep -Eqs "^Error:|Status:.*failed" $SOURCE.said $TARGET.said || "$@"
+}
+
 moved() {
 	tell $SOURCE "info migrate"
 	grep -qs "Status:.*completed" $SOURCE.said
@@ -52,12 +61,12 @@ move() {
 		tell $TARGET "migrate_set_capability $3 on"
 	fi
 	tell $TARGET "migrate_incoming unix:/tmp/wire"
-	guest_wait_for [ -S /tmp/wire ] || return 1
+	sooner_or_later [ -S /tmp/wire ] || return 1
 	# The guest is not slowed down by a debug kernel, but what is to keep up with it is.
 	tell $SOURCE "migrate_set_parameter downtime-limit $((300 * TIME_FACTOR * TIME_FACTOR))"
 	tell $SOURCE "migrate -d unix:/tmp/wire"
 	[ -z "$3" ] || tell $SOURCE "migrate_start_postcopy"
-	guest_wait_for moved || return 1
+	sooner_or_later moved || return 1
 	guest_wait_for went_on && [ "$(owner)" = "$2" ] && ! grep "wrong data" $SOURCE $TARGET
 }
 

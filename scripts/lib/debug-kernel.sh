@@ -17,7 +17,7 @@ unpack() {
 	name=${name%%_*}
 	mkdir -p "$tree"
 	set --
-	for directory in gpu net media staging infiniband scsi usb iio hid target comedi video/fbdev; do
+	for directory in gpu net/ethernet net/wireless media staging infiniband scsi usb iio hid target comedi video/fbdev; do
 		set -- "$@" "--exclude=$name/drivers/$directory/*.[cS]"
 	done
 	dpkg-deb --fsys-tarfile "$deb" |

@@ -59,8 +59,9 @@ class Runner:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self._end_vm()
+    def __exit__(self, kind, *_):
+        # Whoever interrupts a run does not want to wait until the VM has time to say what it leaked.
+        self._drop_vm() if kind else self._end_vm()
 
     @property
     def logs(self):
