@@ -61,7 +61,10 @@ class Runner:
 
     def __exit__(self, kind, *_):
         # Whoever interrupts a run does not want to wait until the VM has time to say what it leaked.
-        self._drop_vm() if kind else self._end_vm()
+        if kind:
+            self._drop_vm()
+        else:
+            self._end_vm()
 
     @property
     def logs(self):
