@@ -50,11 +50,16 @@ impl<'l, H: ShadowHost> Op<'l, H> {
     ) -> Outcome {
         let format = self.format();
         let old = entry.spte();
-        let same_page = old.is_leaf(entry.level()) && old.pfn(format) == leaf.pfn;
-        if same_page && leaf.prefetch {
+        // The page alone does not tell: frames that share one (the zero page, what KSM
+        // merged, two slots at one address) have a reverse map each, and what is
+        // mapped for one of them must leave its map before it is mapped for another.
+        let same_leaf = old.is_leaf(entry.level())
+            && old.pfn(format) == leaf.pfn
+            && entry.gfn() == leaf.gfn;
+        if same_leaf && leaf.prefetch {
             return Outcome::Spurious;
         }
-        if old.is_present() && !same_page {
+        if old.is_present() && !same_leaf {
             self.unlink_or_drop(entry);
             self.owe_flush(true);
         }
@@ -70,7 +75,7 @@ impl<'l, H: ShadowHost> Op<'l, H> {
         if protected && leaf.write_fault {
             outcome = Outcome::WriteProtected;
         }
-        if same_page {
+        if same_leaf {
             if new != old {
                 self.owe_flush(self.update(entry, new));
             }

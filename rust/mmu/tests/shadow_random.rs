@@ -48,6 +48,8 @@ struct Run {
     touches: BTreeMap<&'static str, u64>,
     /// The most huge pages that were mapped at a time.
     most_huge: i64,
+    /// How often frames came to share a page of the host.
+    shared: u64,
 }
 
 /// The page of the kernel's address space where a table is.
@@ -106,6 +108,7 @@ impl Run {
             random: Random(seed),
             touches: BTreeMap::new(),
             most_huge: 0,
+            shared: 0,
             vm: {
                 for root in 0..ROOTS {
                     for top in tops(&paging, TABLES + root) {
@@ -410,7 +413,20 @@ impl Run {
         let range = self.frames();
         let lift = self.random.below(2) == 0;
         let writable = !self.random.once_in(4);
-        match self.random.below(16) {
+        match self.random.below(17) {
+            16 => {
+                // As KSM does it, or two slots with the same memory.
+                let with = Gfn(DATA + self.random.below(8));
+                let count = 1 + self.random.below(8);
+                let range = GfnRange::new(with.add(1), with.add(1 + count));
+                self.vm.invalidate(range, |ram| {
+                    ram.huge.borrow_mut().remove(&(DATA >> 9));
+                    for gfn in range.start.0..range.end.0 {
+                        ram.share(Gfn(gfn), with);
+                    }
+                });
+                self.shared += 1;
+            }
             0..=4 => self.vm.invalidate(range, |ram| {
                 for gfn in range.start.0..range.end.0 {
                     ram.huge.borrow_mut().remove(&(gfn >> 9));
@@ -552,6 +568,7 @@ fn run(paging: Paging, seed: u64) {
     assert_eq!(ahead > 1000, paging.ad, "mapped ahead: {ahead}");
     assert!(machine.yields.get() > 50);
     assert!(run.most_huge > 0, "no huge page was mapped");
+    assert!(run.shared > 50, "frames shared a page: {}", run.shared);
     for (name, least) in [("data", 10_000), ("table", 1000), ("mmio", 100)] {
         let count = run.touches[name];
         assert!(count > least, "accesses that came to {name}: {count}");

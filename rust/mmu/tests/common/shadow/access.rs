@@ -91,15 +91,29 @@ impl Vm {
     }
 
     fn check_hit(&mut self, vcpu: usize, va: u64, kind: Kind, pfn: Pfn) -> Gfn {
-        let gfn = self
-            .ram
-            .owner(pfn)
-            .unwrap_or_else(|| panic!("{va:#x} leads to a page that was taken away"));
-        self.check_allowed(vcpu, va, kind, gfn);
+        let owners = self.ram.owners(pfn);
+        assert!(
+            !owners.is_empty(),
+            "{va:#x} leads to a page that was taken away"
+        );
+        let allowed: Vec<Gfn> = owners
+            .iter()
+            .copied()
+            .filter(|&gfn| self.is_allowed(vcpu, va, kind, gfn))
+            .collect();
+        let Some(&gfn) = allowed.first() else {
+            let known = self.vcpus[vcpu].history.get(&(va >> 12));
+            panic!(
+                "{kind:?} at {va:#x} must not lead to {owners:x?}; the guest's tables said {known:x?}"
+            );
+        };
         if kind.write {
             assert!(self.ram.backing(gfn).unwrap().writable);
             self.assert_write_is_seen(gfn);
-            if self.machine.valid_slot(gfn).is_some_and(|s| s.logged.get()) {
+            // Of frames that share a page and that the address may both lead to, it
+            // is the one that the entry was made for whose write is logged.
+            let logged = self.machine.valid_slot(gfn).is_some_and(|s| s.logged.get());
+            if logged && allowed.len() == 1 {
                 self.logged_writes.insert(gfn.0);
             }
         }
@@ -107,22 +121,14 @@ impl Vm {
     }
 
     /// The guest's tables allow the access, or did when the address was flushed.
-    fn check_allowed(&self, vcpu: usize, va: u64, kind: Kind, gfn: Gfn) {
-        let nothing = Vec::new();
-        let known = self.vcpus[vcpu]
-            .history
-            .get(&(va >> 12))
-            .unwrap_or(&nothing);
-        let allowed = known.iter().any(|one| {
+    fn is_allowed(&self, vcpu: usize, va: u64, kind: Kind, gfn: Gfn) -> bool {
+        let known = self.vcpus[vcpu].history.get(&(va >> 12));
+        known.into_iter().flatten().any(|one| {
             // With CR0.WP clear the supervisor writes to read-only pages, too; its
             // dirty bit is set nevertheless.
             let without_wp = !self.paging.wp && !kind.user && kind.write && one.gfn == gfn;
             one.gfn == gfn && one.allows(&self.paging, kind) || without_wp
-        });
-        assert!(
-            allowed,
-            "{kind:?} at {va:#x} must not lead to {gfn:x?}; the guest's tables said {known:x?}"
-        );
+        })
     }
 
     /// A write to a table that is shadowed does not go unnoticed.

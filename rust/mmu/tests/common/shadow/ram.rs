@@ -26,7 +26,9 @@ pub struct Ram {
     frames: u64,
     words: RefCell<HashMap<u64, u64>>,
     backing: RefCell<HashMap<u64, Backing>>,
-    owner: RefCell<HashMap<u64, u64>>,
+    /// The frames that a page of the host backs: more than one if they share it, as
+    /// frames do that KSM merged, or that are the zero page.
+    owners: RefCell<HashMap<u64, BTreeSet<u64>>>,
     next: Cell<u64>,
     /// Frames of 2 MiB that the host maps by a huge page.
     pub huge: RefCell<BTreeSet<u64>>,
@@ -44,7 +46,7 @@ impl Ram {
             frames,
             words: RefCell::default(),
             backing: RefCell::default(),
-            owner: RefCell::default(),
+            owners: RefCell::default(),
             next: Cell::new(0x1_0000),
             huge: RefCell::default(),
             written: RefCell::default(),
@@ -79,13 +81,19 @@ impl Ram {
         }
     }
 
+    /// Backs a frame by the page of the host that backs another one already.
+    pub fn share(&self, gfn: Gfn, with: Gfn) {
+        let backing = self.backing(with).unwrap();
+        self.set(gfn, backing);
+    }
+
     fn set(&self, gfn: Gfn, backing: Backing) {
         let old = self.backing.borrow_mut().insert(gfn.0, backing);
-        let mut owner = self.owner.borrow_mut();
+        let mut owners = self.owners.borrow_mut();
         if let Some(old) = old {
-            owner.remove(&old.pfn.0);
+            owners.entry(old.pfn.0).or_default().remove(&gfn.0);
         }
-        owner.insert(backing.pfn.0, gfn.0);
+        owners.entry(backing.pfn.0).or_default().insert(gfn.0);
     }
 
     pub fn backing(&self, gfn: Gfn) -> Option<Backing> {
@@ -96,9 +104,11 @@ impl Ram {
         self.huge.borrow().contains(&(gfn.0 >> 9))
     }
 
-    /// The frame a page of the host backs now.
-    pub fn owner(&self, pfn: Pfn) -> Option<Gfn> {
-        self.owner.borrow().get(&pfn.0).map(|&gfn| Gfn(gfn))
+    /// The frames that a page of the host backs now.
+    pub fn owners(&self, pfn: Pfn) -> Vec<Gfn> {
+        let owners = self.owners.borrow();
+        let frames = owners.get(&pfn.0).into_iter().flatten();
+        frames.map(|&gfn| Gfn(gfn)).collect()
     }
 
     pub fn contains(&self, gfn: Gfn) -> bool {
