@@ -23,7 +23,7 @@ use crate::{
     kvm::{
         lock::WriteGuard,
         page::{HostPage, HostWindow, MappedPage, NO_SLOT},
-        paging::{GuestPaging, VcpuMemory},
+        paging::{table_gfn, GuestPaging, VcpuMemory},
         shadow::{root_kind, RootKind, ShadowCpu},
         trace,
         vcpu::FaultStat,
@@ -35,7 +35,7 @@ use crate::{
                 self, ErrorCode, Guest, GuestContext, GuestWalk, Paging32, Paging64, PagingEpt,
                 Stop,
             },
-            NoSpace, PagePtr,
+            NoSpace, PagePtr, WrongRoot,
         },
         sync::MmuWrite,
         tdp::{FastOutcome, Fault, Outcome},
@@ -176,7 +176,7 @@ impl Vm {
         fault.max_level = fault.max_level.min(walk.level);
         let mut cpu = ShadowCpu::for_fault(vcpu, resident);
         let host = self.host();
-        let (outcome, own_table) = with_guest!(paging, memory, guest => {
+        let served = with_guest!(paging, memory, guest => {
             self.shadow.map_guest(
                 &host,
                 lock.token(),
@@ -190,7 +190,13 @@ impl Vm {
             )
         });
         *level = fault.goal_level;
-        self.finish(vcpu, page, outcome, own_table)
+        match served {
+            Ok((outcome, own_table)) => self.finish(vcpu, page, outcome, own_table),
+            Err(WrongRoot) => {
+                drop(lock);
+                self.give_up(page, self.load_right_root(vcpu, access.address))
+            }
+        }
     }
 
     /// A fault in a direct root that is the shadow MMU's.
@@ -394,6 +400,25 @@ impl Vm {
             Some(RootKind::Shadow(root)) if !self.shadow.is_obsolete(root) => Ok(Some(root)),
             _ => Err(Unusable::Obsolete),
         }
+    }
+
+    /// Makes the vCPU load its roots again, because the one in use is not that of the guest's table for `address`, or there
+    /// is none: with PAE, what the guest's entry led to may have been no memory when it was loaded. If the guest still sees
+    /// no memory there (KVM's own slots are none), nothing comes of it, and faulting again would never end. May sleep.
+    #[cold]
+    fn load_right_root(&self, vcpu: &Vcpu, address: u64) -> Result<Handled> {
+        let table = match vcpu.mmu().guest_level() {
+            Some(Level::L1G) => {
+                let index = (address >> 30) as usize & 3;
+                vcpu.guest_pdptrs().get(index).copied()
+            }
+            _ => Some(vcpu.guest_root()),
+        };
+        if !table.is_some_and(|table| vcpu.sees(table_gfn(table))) {
+            return Err(EFAULT);
+        }
+        vcpu.request_free_obsolete_roots();
+        Ok(Handled::Retry)
     }
 
     fn stale(&self, vcpu: &Vcpu, page: Option<HostPage>, why: Option<Unusable>) -> Result<Handled> {

@@ -26,6 +26,12 @@ use crate::mmu::{
     types::{Level, Pfn},
 };
 
+/// The root is not that of the tables that were walked: the guest's top table was no
+/// memory yet when a PAE entry was loaded, or the entry has changed since. It has to
+/// be loaded again before the fault can be served.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct WrongRoot;
+
 /// The guest's entries around the one of the last level that a walk used.
 pub(super) type Group = [u64; GROUP];
 
@@ -62,7 +68,7 @@ impl Shadow {
 
     /// Serves a fault at `addr` in a guest with tables of its own, which `walk`
     /// translated. The flag says that the guest wrote to a table that this very
-    /// write used.
+    /// write used. Nothing is mapped if the walk did not begin at the root's table.
     ///
     /// `adjust` sets the fault's levels from what host and slot allow; it is called
     /// when the tables on the path are accounted for.
@@ -78,8 +84,11 @@ impl Shadow {
         walk: &GuestWalk,
         fault: &mut Fault<'_, H::Slot>,
         adjust: impl FnOnce(&mut Fault<'_, H::Slot>),
-    ) -> (Outcome, bool) {
+    ) -> Result<(Outcome, bool), WrongRoot> {
         self.run(host, lock, |op| {
+            let first = op.first_entry(root, addr);
+            let first = first.filter(|entry| walk.starts_at(entry.page.gfn()));
+            let first = first.ok_or(WrongRoot)?;
             let mut path = GuestPath {
                 guest,
                 walk,
@@ -87,8 +96,8 @@ impl Shadow {
                 group: [0; GROUP],
                 wrote_own_table: false,
             };
-            let outcome = op.map_guest(vcpu, &mut path, root, fault, adjust);
-            (outcome, path.wrote_own_table)
+            let outcome = op.map_guest(vcpu, &mut path, root, first, fault, adjust);
+            Ok((outcome, path.wrote_own_table))
         })
     }
 }
@@ -132,6 +141,7 @@ impl<'l, H: ShadowHost> Op<'l, H> {
         vcpu: &mut V,
         path: &mut GuestPath<'_, G>,
         root: Root<'_>,
+        first: Entry<'l>,
         fault: &mut Fault<'_, H::Slot>,
         adjust: impl FnOnce(&mut Fault<'_, H::Slot>),
     ) -> Outcome {
@@ -141,9 +151,6 @@ impl<'l, H: ShadowHost> Op<'l, H> {
         if path.has_changed(path.walk.top) {
             return Outcome::Retry;
         }
-        let Some(first) = self.first_entry(root, path.addr) else {
-            return Outcome::Retry;
-        };
         let entry = match self.walk_guest(vcpu, path, first, fault.write) {
             Ok(entry) => entry,
             Err(outcome) => return outcome,

@@ -72,6 +72,7 @@ mod unsync;
 mod write;
 mod zap;
 
+pub use fault::WrongRoot;
 pub use guest::{GuestLeaf, GuestTable, GuestTables, GuestWalk, GROUP};
 pub use host::{Counter, Maximum, PageEvent, PageSource, ShadowHost, ShadowVcpu, SplitCaches};
 pub use inspect::PageInfo;

@@ -207,7 +207,9 @@ impl<'l, H: ShadowHost> Op<'l, H> {
         let old = entry.spte();
 
         if old.is_mmio(format) {
-            if old.mmio_gfn(format) == leaf.gfn {
+            // Only what still is no memory. A slot may have come since: then the entry
+            // has an old generation, and a new one would make it look right.
+            if old.mmio_gfn(format) == leaf.gfn && vcpu.slot(self.host, leaf.gfn).is_none() {
                 entry.store(Spte::mmio(format, leaf.gfn, access, vcpu.mmio_generation()));
             } else {
                 entry.store(Spte::NONPRESENT);

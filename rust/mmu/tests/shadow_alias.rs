@@ -67,7 +67,7 @@ fn moved(mode: Mode) -> Vm {
 #[test]
 fn a_leaf_that_changes_its_frame_changes_the_reverse_map() {
     for mode in [Mode::Level4, Mode::Level4By5] {
-        let mut vm = moved(mode);
+        let vm = moved(mode);
         vm.check();
         vm.destroy();
     }

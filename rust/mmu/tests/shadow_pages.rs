@@ -263,11 +263,11 @@ fn a_fault_whose_walk_is_out_of_date_maps_nothing() {
             let entry = vm.ram.load(gpa, vm.paging.width());
             let before = leaves(&vm);
             vm.ram.store(gpa, vm.paging.width(), entry & !4);
-            let (outcome, _) = vm.map(0, 1 << 21, Kind::READ, &walked);
+            let (outcome, _) = vm.map(0, 1 << 21, Kind::READ, &walked).unwrap();
             assert_eq!(outcome, Outcome::Retry, "{table:#x}");
             assert_eq!(leaves(&vm), before);
             vm.ram.store(gpa, vm.paging.width(), entry);
-            let (outcome, _) = vm.map(0, 1 << 21, Kind::READ, &walked);
+            let (outcome, _) = vm.map(0, 1 << 21, Kind::READ, &walked).unwrap();
             assert_eq!(outcome, Outcome::Fixed, "{table:#x}");
             vm.check();
             vm.destroy();

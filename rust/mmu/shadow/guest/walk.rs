@@ -70,6 +70,13 @@ impl GuestWalk {
         }
     }
 
+    /// The first table of the walk is the one at `gfn`.
+    #[inline]
+    pub(in crate::mmu::shadow) fn starts_at(&self, gfn: Gfn) -> bool {
+        let top = self.tables.get(self.top.slot());
+        top.is_some_and(|table| table.gfn() == gfn)
+    }
+
     /// Lets the supervisor write to a read-only page of the guest, for a write that
     /// `CR0.WP`, being clear, allows.
     ///

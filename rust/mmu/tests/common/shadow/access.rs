@@ -12,7 +12,7 @@ use super::{
 use rmmu_engine::mmu::{
     shadow::{
         guest::{walk, GuestWalk, Paging32, Paging64, PagingEpt, Stop},
-        GuestTables, PagePtr,
+        GuestTables, PagePtr, WrongRoot,
     },
     types::ACC_WRITE,
     Fault, Gfn, GfnRange, Host, Level, Outcome, Pfn, Spte,
@@ -202,7 +202,13 @@ impl Vm {
         if kind.write && !write_access && !self.paging.wp && !kind.user && has_slot {
             walked.write_without_wp(self.paging.smep);
         }
-        let (outcome, own) = self.map(vcpu, va, kind, &walked);
+        let (outcome, own) = match self.map(vcpu, va, kind, &walked) {
+            Ok(served) => served,
+            Err(WrongRoot) => {
+                self.reload(vcpu);
+                return None;
+            }
+        };
         match outcome {
             Outcome::Fixed | Outcome::Spurious | Outcome::Retry => None,
             Outcome::OutOfMemory => {
@@ -230,7 +236,13 @@ impl Vm {
     }
 
     /// Serves a fault whose address `walked` translated.
-    pub fn map(&self, vcpu: usize, va: u64, kind: Kind, walked: &GuestWalk) -> (Outcome, bool) {
+    pub fn map(
+        &self,
+        vcpu: usize,
+        va: u64,
+        kind: Kind,
+        walked: &GuestWalk,
+    ) -> Result<(Outcome, bool), WrongRoot> {
         self.with_guest(
             vcpu,
             Map {
@@ -303,9 +315,9 @@ struct Map<'a> {
 }
 
 impl WithGuest for Map<'_> {
-    type Output = (Outcome, bool);
+    type Output = Result<(Outcome, bool), WrongRoot>;
 
-    fn run<G: GuestTables>(self, vm: &Vm, guest: &G) -> (Outcome, bool) {
+    fn run<G: GuestTables>(self, vm: &Vm, guest: &G) -> Self::Output {
         let walked = self.walked;
         let roots = vm.vcpus[self.vcpu].roots.as_ref().unwrap();
         vm.machine.write(|lock| {
@@ -314,7 +326,7 @@ impl WithGuest for Map<'_> {
             }
             let obsolete = |page: &PagePtr| vm.shadow.is_obsolete(*page);
             if roots.pages(&vm.machine).iter().any(obsolete) {
-                return (Outcome::Retry, false);
+                return Ok((Outcome::Retry, false));
             }
             let mut fault = vm.fault(walked.gfn, self.kind);
             vm.shadow.map_guest(

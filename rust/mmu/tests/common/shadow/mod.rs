@@ -267,6 +267,13 @@ impl Vm {
         }
     }
 
+    /// Lets go of the roots in use, so that the next entry loads them again.
+    pub fn reload(&mut self, vcpu: usize) {
+        if let Some(roots) = self.vcpus[vcpu].roots.take() {
+            self.put(&roots);
+        }
+    }
+
     /// Loads roots if there are none, as a vCPU does before it enters the guest.
     pub fn ensure_roots(&mut self, vcpu: usize) {
         self.drop_obsolete(vcpu);
@@ -286,10 +293,11 @@ impl Vm {
                 for (i, place) in entries.iter_mut().enumerate() {
                     let (gfn, quadrant) = if self.paging.mode == Mode::Pae {
                         let pdpte = self.vcpus[vcpu].pdptrs[i];
-                        if pdpte & P == 0 {
+                        let table = Gfn(pdpte >> 12);
+                        if pdpte & P == 0 || self.machine.valid_slot(table).is_none() {
                             continue;
                         }
-                        (Gfn(pdpte >> 12), 0)
+                        (table, 0)
                     } else {
                         (Gfn(cr3 >> 12), i as u8)
                     };
