@@ -14,7 +14,9 @@
 //! - [`sync`], [`host`]: locks, deferred flushes, the outside world
 //! - [`tdp`]: the two-dimensional-paging MMU
 //! - [`shadow`]: the legacy MMU
+//! - [`audit`]: whether everything that both keep fits together
 
+pub mod audit;
 pub mod host;
 pub mod role;
 #[cfg(not(feature = "loom"))]

@@ -117,6 +117,27 @@ impl Shadow {
         }
         None
     }
+
+    /// Calls `f` with every page that shadows the guest's table at `gfn` and was not
+    /// zapped, obsolete or not.
+    pub(super) fn for_each_shadowing<'l, L: MmuLocked>(
+        &self,
+        gfn: Gfn,
+        lock: &'l L,
+        mut f: impl FnMut(&'l Page),
+    ) {
+        let Some(bucket) = self.bucket(gfn.0, lock) else {
+            return;
+        };
+        let mut at = bucket.first(lock);
+        while let Some(page) = at {
+            at = bucket.after(page, lock);
+            let role = page.role();
+            if page.gfn() == gfn && role.has_guest_entries() && !role.is_invalid() {
+                f(page);
+            }
+        }
+    }
 }
 
 impl<'l, H: ShadowHost> Op<'l, H> {

@@ -218,3 +218,31 @@ pub trait SplitCaches: PageSource {
     /// Fills the caches; called without any lock. False if memory is short.
     fn top_up(&mut self) -> bool;
 }
+
+/// What an audit asks a host, besides what the engine needs.
+pub trait AuditHost: ShadowHost {
+    /// The header that the page of memory at this address says it has, and the frame
+    /// that the header says it is for. The address may be of anything, freed memory
+    /// too: neither answer is to be relied on. None if there is no memory, or it says
+    /// nothing.
+    fn claimed_header(&self, entries: u64) -> Option<(u64, Gfn)>;
+
+    /// Where memory at `hpa` is mapped, whatever it is of.
+    fn address_of(&self, hpa: Hpa) -> u64;
+
+    /// How many reasons a slot counts against mapping `gfn`, which lies in it, by a
+    /// huge page of `level`; and how many of them have nothing to do with tables: that
+    /// the page would reach beyond the slot, or would not be aligned. None if the slot
+    /// keeps no count.
+    fn lpage_count(&self, slot: &Self::Slot, gfn: Gfn, level: Level) -> Option<(i64, i64)>;
+
+    /// How many want writes to `gfn`, which lies in the slot, tracked. None if the
+    /// slot keeps no count.
+    fn write_track_count(&self, slot: &Self::Slot, gfn: Gfn) -> Option<i64>;
+
+    /// Somebody besides the engine may have writes tracked.
+    fn others_track_writes(&self) -> bool;
+
+    /// The slot is one of the SMM address space.
+    fn is_smm_slot(&self, slot: &Self::Slot) -> bool;
+}

@@ -53,9 +53,8 @@ impl<'l, H: ShadowHost> Op<'l, H> {
         // The page alone does not tell: frames that share one (the zero page, what KSM
         // merged, two slots at one address) have a reverse map each, and what is
         // mapped for one of them must leave its map before it is mapped for another.
-        let same_leaf = old.is_leaf(entry.level())
-            && old.pfn(format) == leaf.pfn
-            && entry.gfn() == leaf.gfn;
+        let same_leaf =
+            old.is_leaf(entry.level()) && old.pfn(format) == leaf.pfn && entry.gfn() == leaf.gfn;
         if same_leaf && leaf.prefetch {
             return Outcome::Spurious;
         }

@@ -168,11 +168,25 @@ const BUCKETS_SHIFT: u32 = 12;
 pub struct Buckets([List<ByHash>; BUCKETS]);
 
 impl Buckets {
+    /// How many there are.
+    pub(super) const COUNT: usize = BUCKETS;
+
+    /// The number of the bucket for a frame.
+    #[inline]
+    pub(super) fn number_of(gfn: u64) -> usize {
+        // Fibonacci hashing: the high bits of the product are the best mixed.
+        (gfn.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - BUCKETS_SHIFT)) as usize
+    }
+
     /// The pages that may be for this frame.
     #[inline]
     pub(super) fn of(&self, gfn: u64) -> Option<&List<ByHash>> {
-        // Fibonacci hashing: the high bits of the product are the best mixed.
-        let hash = gfn.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - BUCKETS_SHIFT);
-        self.0.get(hash as usize)
+        self.get(Self::number_of(gfn))
+    }
+
+    /// The pages of a bucket.
+    #[inline]
+    pub(super) fn get(&self, number: usize) -> Option<&List<ByHash>> {
+        self.0.get(number)
     }
 }

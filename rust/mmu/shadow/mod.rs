@@ -48,7 +48,10 @@
 //! - `roots`, `fault`, `prefetch`, `fast`: what vCPUs ask for
 //! - `slots`, `split`, `nx`: what the host asks for
 //! - `inspect`: looking without touching
+//! - `audit`, `audit_slot`: looking whether everything fits together
 
+mod audit;
+mod audit_slot;
 mod fast;
 mod fault;
 mod find;
@@ -72,9 +75,12 @@ mod unsync;
 mod write;
 mod zap;
 
+pub use audit::ShadowedFrames;
 pub use fault::WrongRoot;
 pub use guest::{GuestLeaf, GuestTable, GuestTables, GuestWalk, GROUP};
-pub use host::{Counter, Maximum, PageEvent, PageSource, ShadowHost, ShadowVcpu, SplitCaches};
+pub use host::{
+    AuditHost, Counter, Maximum, PageEvent, PageSource, ShadowHost, ShadowVcpu, SplitCaches,
+};
 pub use inspect::PageInfo;
 pub use list::Buckets;
 pub use page::{Page, PagePtr, Translations, KIND_SHADOW};
@@ -157,6 +163,13 @@ impl Shadow {
         // SAFETY: Null, or what `set_buckets` got. It is taken back when there are
         // no pages, under the lock.
         unsafe { self.buckets.load(Ordering::Acquire).as_ref() }?.of(gfn)
+    }
+
+    /// The pages of a bucket of the hash table.
+    fn bucket_number<L: MmuLocked>(&self, number: usize, _lock: &L) -> Option<&List<ByHash>> {
+        // SAFETY: Null, or what `set_buckets` got, which is taken back under the lock
+        // for write; the caller holds the lock.
+        unsafe { self.buckets.load(Ordering::Acquire).as_ref() }?.get(number)
     }
 
     /// There is no page, not even a zapped root.

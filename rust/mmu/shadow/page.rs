@@ -39,6 +39,12 @@ use core::{cell::Cell, mem, ptr, ptr::NonNull};
 /// what the guest's tables grant.
 pub type Translations = [Cell<u64>; ENTRIES];
 
+/// Where a header has the frame of its page.
+pub const GFN_OFFSET: usize = mem::offset_of!(Page, gfn);
+
+/// Where a header has the marks about unsync pages below its page.
+pub const UNSYNC_BITS_OFFSET: usize = mem::offset_of!(Page, unsync_bits);
+
 /// The value of a shadow page's byte at [`KIND_OFFSET`].
 pub const KIND_SHADOW: u8 = 1;
 
@@ -213,6 +219,23 @@ impl Page {
     #[inline]
     pub(super) fn has_unsync_children(&self) -> bool {
         self.unsync_children.load(Ordering::Relaxed) != 0
+    }
+
+    /// How many pages below are noted as unsync, or as having such below them.
+    pub(super) fn unsync_count(&self) -> u32 {
+        self.unsync_children.load(Ordering::Relaxed).into()
+    }
+
+    /// How many marks there are.
+    pub(super) fn unsync_marks(&self) -> u32 {
+        let marks = self.unsync_bits.iter().map(|word| word.get().count_ones());
+        marks.fold(0, u32::wrapping_add)
+    }
+
+    /// There is a mark for entry number `index`.
+    pub(super) fn has_unsync_mark(&self, index: usize) -> bool {
+        let word = self.unsync_bits.get(index / 64);
+        word.is_some_and(|word| word.get() & 1 << (index % 64) != 0)
     }
 
     /// Notes that the page below entry number `index` is unsync or has such

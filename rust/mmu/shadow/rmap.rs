@@ -36,17 +36,23 @@ impl EntryPtr {
         EntryPtr(ptr::from_ref(cell).expose_provenance() as u64)
     }
 
+    /// The address of the page of entries that it is in, and the number there.
+    #[inline]
+    pub(super) fn place(self) -> (u64, usize) {
+        const BYTES: u64 = mem::size_of::<Entries>() as u64;
+        let first = self.0 & !(BYTES - 1);
+        (first, (self.0 & (BYTES - 1)) as usize / 8 % ENTRIES)
+    }
+
     /// The entry. The page it is in is alive: an entry leaves all maps before its
     /// page is freed.
     #[inline]
     pub(super) fn entry<'l, H: ShadowHost, L: MmuLocked>(self, host: &H, lock: &'l L) -> Entry<'l> {
-        const BYTES: u64 = mem::size_of::<Entries>() as u64;
-        let first = self.0 & !(BYTES - 1);
-        let index = (self.0 & (BYTES - 1)) / 8;
+        let (first, index) = self.place();
         let entries = ptr::with_exposed_provenance_mut::<Entries>(first as usize);
         // SAFETY: The address of an entry, rounded down to its page, is not null.
         let entries = unsafe { NonNull::new_unchecked(entries) };
-        Entry::new(host.page_at(entries).page(lock), index as usize % ENTRIES)
+        Entry::new(host.page_at(entries).page(lock), index)
     }
 }
 
@@ -277,6 +283,43 @@ impl<'a> Rmap<'a> {
             at = Self::desc(desc.more.get(), lock);
         }
         None
+    }
+
+    /// Calls `f` with the address of every entry, none of which is followed. False if
+    /// the descriptors do not fit together.
+    pub(super) fn for_each_pointer<L: MmuLocked>(
+        &self,
+        lock: &L,
+        mut f: impl FnMut(EntryPtr),
+    ) -> bool {
+        let head = self.head();
+        if head & MANY == 0 {
+            if head != 0 {
+                f(EntryPtr(head));
+            }
+            return true;
+        }
+        let Some(first) = Self::desc(head, lock) else {
+            return false;
+        };
+        let mut behind = u64::from(first.count.get()).wrapping_add(first.behind.get().into());
+        let mut at = Some(first);
+        while let Some(desc) = at {
+            let count = desc.count.get() as usize;
+            let full = count == PER_DESC || ptr::eq(desc, first);
+            let Some(left) = behind.checked_sub(count as u64) else {
+                return false;
+            };
+            behind = left;
+            if !full || count == 0 || count > PER_DESC || u64::from(desc.behind.get()) != behind {
+                return false;
+            }
+            for one in desc.used() {
+                f(EntryPtr(one.get()));
+            }
+            at = Self::desc(desc.more.get(), lock);
+        }
+        behind == 0
     }
 
     /// Calls `f` for every entry. `f` must not change the map.

@@ -40,8 +40,10 @@
 //! - `around`: pages mapped ahead, next to one that faulted
 //! - `zap`, `dirty`, `huge`, `nx`: what KVM asks for
 //! - `inspect`: looking without touching
+//! - `audit`: looking whether everything fits together
 
 mod around;
+mod audit;
 mod change;
 mod dirty;
 mod fast;

@@ -383,6 +383,9 @@ fn run(format: SpteFormat, seed: u64, operations: u64) {
         // Invalidation leaves little to look at, so it is rare.
         let op = if kind == 0 { 99 } else { kind % 99 };
         *done.entry(test.step(op)).or_default() += 1;
+        if i < 200 || i % 256 == 0 {
+            test.vm.assert_audit();
+        }
         if i % 64 == 0 || op >= 91 {
             test.compare();
         }

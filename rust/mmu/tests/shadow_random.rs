@@ -544,6 +544,10 @@ fn run(paging: Paging, seed: u64) {
     let mut run = Run::new(paging, seed);
     for step in 0..OPERATIONS {
         run.step();
+        // After each of the first operations, and then often.
+        if step < 4000 || step % 32 == 0 {
+            run.vm.assert_audit();
+        }
         if step % 128 == 0 {
             run.vm.check();
             run.most_huge = run.most_huge.max(run.vm.machine.leaves[1].get());

@@ -12,8 +12,11 @@ pub mod tlb;
 
 use host::{Cache, FakeHost, Slot};
 use rmmu_engine::mmu::{
-    sync::atomic::Ordering, types::PAGE_SHIFT, Around, FastOutcome, Fault, Flush, Gfn, GfnRange,
-    Host, Level, Outcome, Pfn, Role, Spte, SpteFormat, TablePtr, Tdp,
+    audit::{Audit, Frames},
+    sync::atomic::Ordering,
+    types::PAGE_SHIFT,
+    Around, FastOutcome, Fault, Flush, Gfn, GfnRange, Host, Level, MmuWrite, Outcome, Pfn, Role,
+    Spte, SpteFormat, TablePtr, Tdp,
 };
 use std::collections::BTreeMap;
 
@@ -27,6 +30,19 @@ pub struct Vm {
     pub slot: Slot,
     /// The role of the normal root.
     pub role: Role,
+}
+
+/// All frames are in the slot, and none is a table.
+pub struct AllFrames;
+
+impl Frames for AllFrames {
+    fn has_slot(&self, _smm: bool, _gfn: Gfn) -> bool {
+        true
+    }
+
+    fn may_be_writable(&self, _smm: bool, _gfn: Gfn, _level: Level, _: &MmuWrite<'_>) -> bool {
+        true
+    }
 }
 
 /// A deterministic source of numbers.
@@ -239,6 +255,16 @@ impl Vm {
         Some(spte.pfn(self.host.format()).0 + (gfn & level.gfn_mask()))
     }
 
+    /// Panics if the engine's own audit finds anything. Nothing changes meanwhile.
+    pub fn assert_audit(&self) {
+        let mut found = Vec::new();
+        let mut audit = Audit::new(|finding| found.push(finding));
+        let host = &self.host;
+        host.write(|lock| self.tdp.audit(host, lock, &AllFrames, &mut audit));
+        audit.compare_leaves(|level| self.counted(level));
+        assert_eq!(found, Vec::new(), "what the audit found");
+    }
+
     /// Ends the VM and checks that nothing is left of it.
     pub fn destroy(self) {
         self.destroy_and(|_| ());
@@ -246,6 +272,7 @@ impl Vm {
 
     /// The same, with a last look at what the host has counted.
     pub fn destroy_and<R>(self, look: impl FnOnce(&FakeHost) -> R) -> R {
+        self.assert_audit();
         for vcpu in 0..self.host.tlbs.len() {
             self.unload_root(vcpu);
         }

@@ -6,6 +6,7 @@
 use super::Vm;
 use crate::common::format::write_back;
 use rmmu_engine::mmu::{
+    audit::{Audit, Finding, Looked},
     shadow::PageInfo,
     sync::atomic::{AtomicU64, Ordering},
     types::{ACC_EXEC, ACC_USER, ACC_WRITE},
@@ -115,9 +116,31 @@ impl Vm {
         }
     }
 
+    /// What the engine's own audit finds.
+    pub fn audit(&self) -> (Looked, Vec<Finding>) {
+        let mut found = Vec::new();
+        let mut audit = Audit::new(|finding| found.push(finding));
+        self.machine.write(|lock| {
+            self.shadow.audit(&self.machine, lock, &mut audit);
+            for slot in &self.machine.slots {
+                let shadow = &self.shadow;
+                shadow.audit_slot(&self.machine, lock, slot, &mut audit);
+            }
+        });
+        audit.compare_leaves(|level| self.machine.leaves[level.slot()].get());
+        (audit.looked, found)
+    }
+
+    /// Panics if the engine's own audit finds anything.
+    pub fn assert_audit(&self) {
+        let (_, found) = self.audit();
+        assert_eq!(found, Vec::new(), "what the audit found");
+    }
+
     /// Panics unless everything fits together.
     pub fn check(&self) {
         assert_eq!(self.machine.bugs(), Vec::<&str>::new());
+        self.assert_audit();
         let all = self.collect();
         self.check_counts(&all);
         self.check_maps(&all);

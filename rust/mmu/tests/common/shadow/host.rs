@@ -10,8 +10,9 @@
 use super::cpu::Tlb;
 use rmmu_engine::mmu::{
     shadow::{
-        Counter, Desc, DescPtr, Maximum, Page, PagePtr, PageSource, ShadowHost, SplitCaches,
-        Translations,
+        page::{GFN_OFFSET, UNSYNC_BITS_OFFSET},
+        AuditHost, Counter, Desc, DescPtr, Maximum, Page, PagePtr, PageSource, ShadowHost,
+        SplitCaches, Translations,
     },
     sync::atomic::{AtomicU64, Ordering},
     table::Entries,
@@ -87,6 +88,17 @@ impl Slot {
     pub fn lpage_disallowed(&self, gfn: Gfn, level: Level) -> bool {
         let key = (level.get(), gfn.0 >> level.gfn_shift());
         self.lpage.borrow().get(&key).is_some_and(|&n| n > 0)
+    }
+
+    /// Changes how many want writes to a frame tracked.
+    pub fn count_tracked(&self, gfn: Gfn, delta: i32) {
+        *self.tracked.borrow_mut().entry(gfn.0).or_default() += delta;
+    }
+
+    /// Changes how many reasons there are against a huge page.
+    pub fn count_lpage(&self, gfn: Gfn, level: Level, delta: i32) {
+        let key = (level.get(), gfn.0 >> level.gfn_shift());
+        *self.lpage.borrow_mut().entry(key).or_default() += delta;
     }
 
     /// Panics unless nothing is left of the MMU.
@@ -226,6 +238,15 @@ impl Machine {
     pub fn live_pages(&self) -> usize {
         let states = self.states.borrow();
         states.iter().filter(|&&state| state == State::Live).count()
+    }
+
+    /// Takes away what a page knows of unsync pages below, but for their number.
+    pub fn clear_unsync_marks(&self, hpa: Hpa) {
+        let header = self.page(hpa).as_ptr().cast::<u64>();
+        // SAFETY: Within the header, of which the marks are eight words.
+        unsafe {
+            header.byte_add(UNSYNC_BITS_OFFSET).write_bytes(0, 8);
+        }
     }
 
     /// Panics unless all is as it was before there was an MMU.
@@ -553,6 +574,44 @@ unsafe impl ShadowHost for Machine {
         let mut maxima = self.maxima.borrow_mut();
         let place = maxima.entry(what).or_default();
         *place = n.max(*place);
+    }
+}
+
+impl AuditHost for Machine {
+    fn claimed_header(&self, entries: u64) -> Option<(u64, Gfn)> {
+        let offset = entries.checked_sub(self.arena.addr().get() as u64)?;
+        let index = (offset >> 12) as usize;
+        if index >= PAGES {
+            return None;
+        }
+        // As the kernel may find it: the page of a header that is in use no more.
+        let header = self.header_at(index);
+        // SAFETY: Within the headers, which live as long as the machine.
+        let gfn = unsafe { header.cast::<u64>().byte_add(GFN_OFFSET).read() };
+        Some((header.addr().get() as u64, Gfn(gfn)))
+    }
+
+    fn address_of(&self, hpa: Hpa) -> u64 {
+        (self.arena.addr().get() as u64).wrapping_add(hpa.0.wrapping_sub(FIRST_HPA))
+    }
+
+    fn lpage_count(&self, slot: &Slot, gfn: Gfn, level: Level) -> Option<(i64, i64)> {
+        let lpage = slot.lpage.borrow();
+        let count = lpage.get(&(level.get(), gfn.0 >> level.gfn_shift()));
+        Some((count.copied().unwrap_or(0).into(), 0))
+    }
+
+    fn write_track_count(&self, slot: &Slot, gfn: Gfn) -> Option<i64> {
+        let tracked = slot.tracked.borrow();
+        Some(tracked.get(&gfn.0).copied().unwrap_or(0).into())
+    }
+
+    fn others_track_writes(&self) -> bool {
+        false
+    }
+
+    fn is_smm_slot(&self, slot: &Slot) -> bool {
+        slot.smm
     }
 }
 
