@@ -24,6 +24,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include "audit.h"
 #include "host.h"
 #include "threads.h"
 #include "trouble.h"
@@ -416,6 +417,7 @@ static void phase(bool loses)
 	if (pthread_create(&thread, NULL, trouble_memory, NULL))
 		bail("pthread_create failed");
 	trouble_vm();
+	audit("while vCPUs and the host are at work");
 	pthread_join(thread, NULL);
 	for (int id = 0; id < NR_VCPUS; id++)
 		watcher(id)->stop = 1;
@@ -423,6 +425,7 @@ static void phase(bool loses)
 	start(LOOK);
 	vcpus_join();
 	compare();
+	audit("at the end of a phase");
 }
 
 static uint64_t wrong(void)

@@ -25,6 +25,7 @@
 #include <sys/random.h>
 #include <unistd.h>
 
+#include "audit.h"
 #include "host.h"
 #include "threads.h"
 #include "vm.h"
@@ -493,6 +494,7 @@ static void check(const char *name, unsigned long rounds)
 		create();
 		for (unsigned long i = done; i < rounds && i < done + ROUNDS_OF_A_VM && !wrong; i++) {
 			wrong = !copy_round(i);
+			audit("after a round");
 			if (wrong)
 				note("round %lu of %lu went wrong", i + 1, rounds);
 		}

@@ -10,6 +10,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 
+#include "audit.h"
 #include "host.h"
 #include "idle.h"
 #include "svm.h"
@@ -243,6 +244,7 @@ static void check_dirty_log(const struct region *region)
 		write_pages(region, 0, PAGES, 7000);
 		right = right && logged(&first) == PAGES && first == 0;
 	}
+	audit("while the dirty log is on");
 	ok(right, "%s, %s: the dirty log has the pages that were written, and no others", who, region->name);
 	slot(region, SIZE, 0);
 	ok(wrong_pages(region, 7000) == 0, "%s, %s: and nothing is lost when it ends", who, region->name);

@@ -7,6 +7,7 @@
 #include <linux/module.h>
 #include <linux/sched/signal.h>
 #include <linux/seq_file.h>
+#include <linux/uaccess.h>
 #include <asm/e820/api.h>
 #include <asm/memtype.h>
 #include "mmu.h"
@@ -47,6 +48,10 @@ MODULE_PARM_DESC(fault_around_bytes, "How much to map around a page that faults,
 bool rmmu_shadow_prefetch = true;
 module_param_named(shadow_prefetch, rmmu_shadow_prefetch, bool, 0644);
 MODULE_PARM_DESC(shadow_prefetch, "After a fault that the legacy MMU serves, install the entries around it (default 1). To see what that is worth.");
+
+bool rmmu_audit_at_end;
+module_param_named(audit_at_end, rmmu_audit_at_end, bool, 0644);
+MODULE_PARM_DESC(audit_at_end, "Audit the page tables of each VM when it ends (default 0). For tests: it takes time.");
 
 /* Named field: Rust's static branch macro addresses the key by type and field. */
 struct rmmu_tdp_mmu_key {
@@ -214,6 +219,22 @@ void rmmu_header_free(void *header) { kmem_cache_free(*rmmu_header_cache, header
 void *rmmu_page_alloc(void) { return (void *)__get_free_page(GFP_KERNEL_ACCOUNT); }
 void rmmu_page_free(void *spt) { free_page((unsigned long)spt); }
 
+/*
+ * What the memory at an address says of itself: that it is the page of entries of the header that is returned, which is for
+ * the frame *gfn. The address may be of anything, so nothing of it is relied on, and nothing need be true.
+ */
+void *rmmu_claimed_header(unsigned long entries, size_t gfn_offset, u64 *gfn)
+{
+	void *header;
+
+	if (!virt_addr_valid((void *)entries))
+		return NULL;
+	header = (void *)READ_ONCE(virt_to_page((void *)entries)->private);
+	if (!virt_addr_valid(header) || copy_from_kernel_nofault(gfn, header + gfn_offset, sizeof(*gfn)))
+		return NULL;
+	return header;
+}
+
 static void rmmu_table_rcu(struct rcu_head *head)
 {
 	rmmu_table_freed(container_of(head, struct kvm_mmu_page, rcu_head));
@@ -282,6 +303,7 @@ DEFINE_SHOW_ATTRIBUTE(rmmu_##name)
 
 RMMU_SHOW(hooks);
 RMMU_SHOW(stats);
+RMMU_SHOW_VM(audit);
 RMMU_SHOW_VM(owner);
 RMMU_SHOW_VM(pages);
 RMMU_SHOW_VM(tables);
@@ -314,6 +336,7 @@ struct dentry *rmmu_debugfs_add_vm(const char *name, void *vm)
 	struct dentry *dir = debugfs_create_dir(name, rmmu_vms_dir);
 
 	debugfs_create_file("owner", 0444, dir, vm, &rmmu_owner_fops);
+	debugfs_create_file("audit", 0400, dir, vm, &rmmu_audit_fops);
 	debugfs_create_file("pages", 0444, dir, vm, &rmmu_pages_fops);
 	debugfs_create_file("tables", 0444, dir, vm, &rmmu_tables_fops);
 	debugfs_create_file("faults", 0444, dir, vm, &rmmu_faults_fops);

@@ -43,6 +43,7 @@ extern char rmmu_owner_mark;
 /* Module parameters */
 extern bool rmmu_own_new_vms;
 extern bool rmmu_shadow_prefetch;
+extern bool rmmu_audit_at_end;
 extern bool rmmu_wants_tdp_mmu;
 extern unsigned int rmmu_fault_around_bytes;
 bool rmmu_valid_fault_around_bytes(u64 bytes);	/* Rust */
@@ -124,6 +125,7 @@ void *rmmu_page_alloc(void);
 void rmmu_page_free(void *spt);
 void rmmu_table_free_rcu(void *header);
 void rmmu_set_header_cache(struct kmem_cache **cache);
+void *rmmu_claimed_header(unsigned long entries, size_t gfn_offset, u64 *gfn);
 void rmmu_table_freed(void *header);	/* Rust: after the grace period */
 
 /* NX huge page recovery */
@@ -136,6 +138,7 @@ bool rmmu_gfn_dirty_tracked(struct kvm *kvm, bool smm, gfn_t gfn);
 void rmmu_vm_bug(struct kvm *kvm, const char *what);
 
 /* debugfs */
+void rmmu_show_audit(struct seq_file *m, void *vm);
 struct dentry *rmmu_debugfs_init(void);
 void rmmu_debugfs_exit(void);
 struct dentry *rmmu_debugfs_add_vm(const char *name, void *vm);

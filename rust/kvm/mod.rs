@@ -6,6 +6,7 @@
 //! knows what a page table means; the lock tokens of [`lock`] are the engine's types, made where the lock is taken.
 
 pub mod abi;
+pub mod audit;
 pub mod bindings;
 pub mod btf;
 pub mod calls;

@@ -40,6 +40,12 @@ pub fn tdp_mmu() -> bool {
     !unsafe { kernel::jump_label::arch_static_branch!(rmmu_tdp_mmu_key, TdpMmuKey, key, true) }
 }
 
+/// Whether each VM is audited when it ends: our parameter.
+pub fn audit_at_end() -> bool {
+    // SAFETY: a byte that root changes; read once.
+    unsafe { (&raw const bindings::rmmu_audit_at_end).read_volatile() }
+}
+
 /// Whether the TDP MMU is to be used where it can be: our parameter.
 pub fn wants_tdp_mmu() -> bool {
     // SAFETY: a byte that is written while no VM of ours exists or comes to be; read once.

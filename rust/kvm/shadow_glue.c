@@ -249,6 +249,20 @@ void rmmu_slot_disallow_lpage(const struct kvm_memory_slot *slot, gfn_t gfn, int
 		slot->arch.lpage_info[level - 2][gfn_to_index(gfn, slot->base_gfn, level)].disallow_lpage += count;
 }
 
+int rmmu_slot_lpage_count(const struct kvm_memory_slot *slot, gfn_t gfn, int level)
+{
+	return slot->arch.lpage_info[level - 2][gfn_to_index(gfn, slot->base_gfn, level)].disallow_lpage;
+}
+
+bool rmmu_others_track_writes(struct kvm *kvm)
+{
+#ifdef CONFIG_KVM_EXTERNAL_WRITE_TRACKING
+	return READ_ONCE(kvm->arch.external_write_tracking_enabled);
+#else
+	return false;
+#endif
+}
+
 bool rmmu_lpage_allowed(struct kvm *kvm, const struct kvm_memory_slot *slot, gfn_t gfn)
 {
 	const struct kvm_memory_slot *other;

@@ -47,6 +47,8 @@ int rmmu_alloc_slot_metadata(struct kvm *kvm);
 const struct kvm_memory_slot *rmmu_find_slot(struct kvm *kvm, bool smm, gfn_t gfn);
 const struct kvm_memory_slot *rmmu_next_slot(struct kvm *kvm, bool smm, gfn_t start, gfn_t end);
 void rmmu_slot_track_writes(const struct kvm_memory_slot *slot, gfn_t gfn, int count);
+int rmmu_slot_lpage_count(const struct kvm_memory_slot *slot, gfn_t gfn, int level);
+bool rmmu_others_track_writes(struct kvm *kvm);
 void rmmu_slot_disallow_lpage(const struct kvm_memory_slot *slot, gfn_t gfn, int count);
 bool rmmu_lpage_allowed(struct kvm *kvm, const struct kvm_memory_slot *slot, gfn_t gfn);
 

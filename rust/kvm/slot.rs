@@ -4,7 +4,7 @@
 
 use crate::{
     kvm::{bindings, calls, vm::Kvm},
-    mmu::types::{Gfn, GfnRange, Level},
+    mmu::types::{Gfn, GfnRange, Level, PAGE_SHIFT},
 };
 use core::sync::atomic::AtomicU64;
 use kernel::types::Opaque;
@@ -139,6 +139,37 @@ impl Slot {
         // SAFETY: an array with a head for each page of the level that has a frame in the slot; each is a word that lives as
         // long as the slot, and that KVM reads as an atomic.
         Some(unsafe { &*heads.cast::<AtomicU64>().add(index) })
+    }
+
+    /// How many reasons there are against mapping `gfn`, which lies in the slot, by a huge page of `level`. `mmu_lock` is
+    /// held.
+    pub fn lpage_count(&self, gfn: Gfn, level: Level) -> i32 {
+        // SAFETY: the slot lives, the frame is in it, and the level is 2M or 1G.
+        unsafe { bindings::rmmu_slot_lpage_count(self.as_ptr(), gfn.0, level.get().into()) }
+    }
+
+    /// The number of these that the slot was made with (`kvm_alloc_memslot_metadata()`): a huge page at either end would
+    /// reach beyond the slot, and nowhere can there be one if frame and address are not aligned alike.
+    pub fn lpage_count_at_first(&self, gfn: Gfn, level: Level) -> i32 {
+        let (range, mask) = (self.range(), level.gfn_mask());
+        // SAFETY: the slot lives, and its address is constant.
+        let address = unsafe { (*self.as_ptr()).userspace_addr } as u64 >> PAGE_SHIFT;
+        let last = Gfn(range.end.0.wrapping_sub(1));
+        let beyond = |end: Gfn, frame: Gfn| {
+            end.0 & mask != 0 && frame.round_down(level) == gfn.round_down(level)
+        };
+        let misaligned = (range.start.0 ^ address) & mask != 0;
+        i32::from(misaligned || beyond(range.start, range.start) || beyond(range.end, last))
+    }
+
+    /// How many want writes to `gfn`, which lies in the slot, tracked; none if the slot does not count them. `mmu_lock` is
+    /// held.
+    pub fn write_track_count(&self, gfn: Gfn) -> Option<u16> {
+        // SAFETY: the slot lives. KVM allocates the array before the first frame is tracked, and never takes it away.
+        let counts = unsafe { (&raw const (*self.as_ptr()).arch.gfn_write_track).read_volatile() };
+        let index = gfn.0.wrapping_sub(self.range().start.0) as usize;
+        // SAFETY: an array with a count for each frame of the slot, of which this is one.
+        (!counts.is_null()).then(|| unsafe { counts.add(index).read() })
     }
 
     /// Marks `gfn` in the dirty log.

@@ -132,6 +132,13 @@ unsafe extern "C" fn rmmu_show_stats(m: *mut bindings::seq_file) {
         "vms_declined {}\n",
         STATS.declined.load(Ordering::Relaxed)
     );
+    for (name, counter) in [
+        ("audits", &STATS.audits),
+        ("audited_entries", &STATS.audited_entries),
+        ("audit_findings", &STATS.audit_findings),
+    ] {
+        seq_print!(m, "{} {}\n", name, counter.load(Ordering::Relaxed));
+    }
     seq_print!(m, "table_pages {}\n", table::live());
     seq_print!(m, "hooks_attached {}\n", u8::from(crate::hook::attached()));
 }
@@ -146,6 +153,41 @@ unsafe extern "C" fn rmmu_show_owner(m: *mut bindings::seq_file, _vm: *mut c_voi
     // SAFETY: called by debugfs.
     let m = unsafe { seq(m) };
     seq_print!(m, "rmmu\n");
+}
+
+/// The file `audit`. Reading it audits the VM.
+///
+/// # Safety
+///
+/// Called by debugfs, with the file's data.
+#[no_mangle]
+unsafe extern "C" fn rmmu_show_audit(m: *mut bindings::seq_file, data: *mut c_void) {
+    // SAFETY: called by debugfs.
+    let (m, vm) = unsafe { (seq(m), vm(data)) };
+    let report = vm.audit();
+    let looked = &report.looked;
+    for (name, value) in [
+        ("roots", looked.roots),
+        ("entries", looked.entries),
+        ("shadow_pages", looked.pages),
+        ("shadow_entries", looked.shadow_entries),
+        ("rmap_entries", looked.rmap_entries),
+        ("frames", looked.frames),
+        ("accounting_compared", report.compared.into()),
+        ("broken", report.broken),
+    ] {
+        seq_print!(m, "{} {}\n", name, value);
+    }
+    for finding in report.findings() {
+        seq_print!(
+            m,
+            "# {} gfn {:#x} level {} entry {:#018x}\n",
+            finding.what.name(),
+            finding.gfn.0,
+            finding.level.get(),
+            finding.spte.raw()
+        );
+    }
 }
 
 /// The file `pages`.

@@ -14,9 +14,11 @@
 //! - `shadow_roots`: roots of the shadow MMU, and keeping them in step with the guest's tables;
 //! - `slots`: memory slots, the mmu notifier, zapping;
 //! - `dirty`: dirty logging and huge pages;
+//! - `audit`: whether everything that the MMUs keep fits together;
 //! - `debugfs`: what the user can look at.
 
 mod around;
+mod audit;
 mod backing;
 mod debugfs;
 mod dirty;
@@ -78,12 +80,18 @@ struct Stats {
     owned: AtomicU64,
     owned_total: AtomicU64,
     declined: AtomicU64,
+    audits: AtomicU64,
+    audited_entries: AtomicU64,
+    audit_findings: AtomicU64,
 }
 
 static STATS: Stats = Stats {
     owned: AtomicU64::new(0),
     owned_total: AtomicU64::new(0),
     declined: AtomicU64::new(0),
+    audits: AtomicU64::new(0),
+    audited_entries: AtomicU64::new(0),
+    audit_findings: AtomicU64::new(0),
 };
 
 kernel::sync::global_lock! {

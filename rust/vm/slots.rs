@@ -4,7 +4,7 @@
 
 use super::Vm;
 use crate::{
-    kvm::{Kvm, Slot},
+    kvm::{param, Kvm, Slot},
     mmu::{
         host::Host,
         spte::Spte,
@@ -60,6 +60,9 @@ impl Vm {
 
     /// Drops every mapping; `kvm_arch_flush_shadow_all()`. No vCPU will run again.
     pub fn zap_all(&self, kvm: &Kvm) {
+        if param::audit_at_end() {
+            self.audit();
+        }
         let mut lock = kvm.write_lock();
         let host = self.host();
         self.shadow.zap_all(&host, lock.token());

@@ -54,6 +54,8 @@ class Runner:
         self._failed_boots = 0
         # What the leak detector found at the end of each boot, on a kernel that has it: (boot, kmemleak.Leaks).
         self.leaks = []
+        # What rmmu's audits looked at in all tests.
+        self.audited = {"audits": 0, "audited_entries": 0, "audit_findings": 0}
         self._logs.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self):
@@ -159,6 +161,11 @@ class Runner:
                 break
             time.sleep(0.2)
         problem = ""
+        # A test may load the module anew, which begins to count anew.
+        gains = {name: now.get(name, 0) - (before.get(name, 0) if before.get(name, 0) <= now.get(name, 0) else 0)
+                 for name in self.audited}
+        for name, gain in gains.items():
+            self.audited[name] += gain
         if not now:
             problem = "rmmu is not loaded any more"
             # What follows must not run on in-tree KVM by mistake.
@@ -166,6 +173,8 @@ class Runner:
         elif left:
             problem = "left behind: " + ", ".join(f"{name} {value}" for name, value in left.items())
             self._end_vm()
+        elif gains["audit_findings"]:
+            problem = f"audits found {gains['audit_findings']} broken invariants, see the kernel's messages"
         else:
             outcome.owned_vms = now.get("vms_owned_total", 0) - before.get("vms_owned_total", 0)
             if self._must_own and outcome.owned_vms == 0 and outcome.result == "PASS" and "no-vm" not in outcome.test.tags:
@@ -175,6 +184,6 @@ class Runner:
             outcome.why = f"{problem} (and: {outcome.why})" if outcome.why else problem
 
 
-def for_rmmu(config, module, params="own_new_vms=1"):
-    """A configuration with rmmu on top."""
+def for_rmmu(config, module, params="own_new_vms=1 audit_at_end=1"):
+    """A configuration with rmmu on top, which audits the page tables of every VM when it ends."""
     return replace(config, module=Path(module), module_params=params)

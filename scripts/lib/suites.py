@@ -110,6 +110,9 @@ def _run_group(environment, suite, tests, mode, module, who, tally, logs, extra)
                 outcome.why = f"as expected ({reason}); {outcome.why}"
             tally.record(test.name, mode, "rmmu" if module else "in_tree", outcome.result)
             report.show(label, who, mode, outcome)
+    if module:
+        ui.line(f"  audits of page tables: {runner.audited['audits']}, entries looked at: "
+                f"{runner.audited['audited_entries']}, broken invariants: {runner.audited['audit_findings']}")
     for boot, leaks in runner.leaks:
         _judge_leaks(f"{who} {mode} no memory of KVM's or rmmu's leaked in boot {boot}", leaks, tally, runner.logs)
 

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "audit.h"
 #include "paging.h"
 
 #define ROOTS	3
@@ -477,6 +478,7 @@ static bool batch(struct run *run)
 		report(run, run->count - 1);
 		return false;
 	}
+	audit("after a batch");
 	return true;
 }
 
