@@ -5,7 +5,8 @@
 use crate::{
     kvm::{bindings, host::KvmHost, slot::Slot, table},
     mmu::{
-        shadow::{page::GFN_OFFSET, AuditHost},
+        shadow::AuditHost,
+        table::offset,
         types::{Gfn, Hpa, Level},
     },
 };
@@ -15,7 +16,7 @@ impl AuditHost for KvmHost<'_> {
         let mut gfn = 0u64;
         // SAFETY: any address will do, and `gfn` is a word to write to.
         let header =
-            unsafe { bindings::rmmu_claimed_header(entries as usize, GFN_OFFSET, &mut gfn) };
+            unsafe { bindings::rmmu_claimed_header(entries as usize, offset::GFN, &mut gfn) };
         (!header.is_null()).then(|| (header.addr() as u64, Gfn(gfn)))
     }
 

@@ -239,7 +239,8 @@ pub fn bind_vendor() -> bool {
     memtypes || buffers || ME_VALUE.read() != 0
 }
 
-/// How entries of this VM look, out of KVM's masks. They are constant while a vendor module is loaded.
+/// How entries of this VM look, out of KVM's masks, which are constant while a vendor module is loaded, and of what the
+/// vendor module has said of the VM by the time that its first vCPU runs.
 pub fn spte_format(kvm: &Kvm) -> SpteFormat {
     let max_level = MAX_HUGE_PAGE_LEVEL.read();
     MAX_HUGE_LEVEL.store(max_level.clamp(1, 3) as usize, Ordering::Relaxed);

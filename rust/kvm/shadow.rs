@@ -19,7 +19,7 @@ use crate::{
         },
         spte::Spte,
         sync::{Flush, MmuWrite},
-        table::{Entries, ENTRIES, KIND_OFFSET},
+        table::{offset, Entries, ENTRIES},
         types::{Gfn, GfnRange, Hpa, Level, Pfn, PAGE_SHIFT},
     },
 };
@@ -100,7 +100,7 @@ pub fn pae_root(entry: u64) -> Option<PagePtr> {
 /// Whether a header is of a shadow page.
 pub(super) fn is_shadow(header: NonNull<c_void>) -> bool {
     // SAFETY: both kinds of header are longer and have the byte there, which does not change once the header is in use.
-    unsafe { header.cast::<u8>().byte_add(KIND_OFFSET).read_volatile() == KIND_SHADOW }
+    unsafe { header.cast::<u8>().byte_add(offset::KIND).read_volatile() == KIND_SHADOW }
 }
 
 /// Makes a page of fresh parts.

@@ -4,7 +4,7 @@
 //!
 //! Headers come from kvm.ko's own slab cache, and pages of the fault path from the vCPU's own caches, so that a VM of ours
 //! costs what an in-tree VM costs, is charged to the same cgroup, and its vCPU caches are filled and freed by KVM. The
-//! engine's header overlays `struct kvm_mmu_page`: vmx.c reads one flag of it (`has_mapped_host_mmio`), and its `rcu_head`
+//! engine's header overlays `struct kvm_mmu_page`: vmx.c reads the role and `has_mapped_host_mmio` of a root, and `rcu_head`
 //! carries the table to its end.
 
 use crate::{
@@ -13,7 +13,7 @@ use crate::{
         host::TableSource,
         role::Role,
         shadow::PagePtr,
-        table::{Entries, Table, TablePtr, HOST_MMIO_OFFSET},
+        table::{offset, Entries, Table, TablePtr, KIND_TDP},
         types::{Hpa, PAGE_SHIFT},
     },
 };
@@ -25,7 +25,18 @@ use core::{
 };
 
 const _: () = assert!(size_of::<Table>() <= offset_of!(bindings::kvm_mmu_page, callback_head));
-const _: () = assert!(HOST_MMIO_OFFSET == offset_of!(bindings::kvm_mmu_page, has_mapped_host_mmio));
+
+// What code outside of KVM's MMU reads of a root's header is where that code looks for it. vmx.c takes the level of the EPTP
+// and whether it tracks accesses from the role, and whether host MMIO is mapped; the other fields are KVM's, too.
+const _: () = {
+    assert!(offset::KIND == offset_of!(bindings::kvm_mmu_page, tdp_mmu_page));
+    assert!(offset::ROLE == offset_of!(bindings::kvm_mmu_page, role));
+    assert!(offset::GFN == offset_of!(bindings::kvm_mmu_page, gfn));
+    assert!(offset::ENTRIES == offset_of!(bindings::kvm_mmu_page, spt));
+    assert!(offset::ROOT_COUNT == offset_of!(bindings::kvm_mmu_page, __bindgen_anon_2));
+    assert!(offset::HOST_MMIO == offset_of!(bindings::kvm_mmu_page, has_mapped_host_mmio));
+    assert!(KIND_TDP == 1);
+};
 
 /// Table pages of all VMs that have not been freed, roots and those that wait for a grace period included.
 static LIVE: AtomicI64 = AtomicI64::new(0);

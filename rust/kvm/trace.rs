@@ -171,7 +171,7 @@ fn spte_changed(cell: &AtomicU64, gfn: Gfn, level: Level, old: Spte, new: Spte) 
 
 fn traced_table(table: &Table) -> bindings::rmmu_traced_page {
     // The role is the root's; its four lowest bits are the level.
-    let role = table.role().word & !0xf | u32::from(table.level().get());
+    let role = table.role().word;
     bindings::rmmu_traced_page {
         gfn: table.gfn().0,
         role,

@@ -12,8 +12,8 @@ use crate::mmu::{
 /// All tables below a root share the root's role, apart from the level.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Role {
-    /// KVM's own word for the role of the root. Opaque: two vCPUs share a root
-    /// when their words are equal. Tables below the root keep the root's word.
+    /// KVM's own word for the role, of which only the level and [`Role::INVALID`] mean
+    /// anything here: two vCPUs share a root when their words are equal.
     pub word: u32,
     /// The level of the table.
     pub level: Level,
@@ -28,14 +28,27 @@ pub struct Role {
 }
 
 impl Role {
+    /// The bit of the word that says that a root must not be used any more.
+    pub const INVALID: u32 = 1 << 12;
+    /// The bits of the word that are the level.
+    const LEVEL: u32 = 0xf;
+
+    /// The role of a table of this level in the same tree.
+    #[inline]
+    #[must_use]
+    pub fn with_level(self, level: Level) -> Role {
+        Role {
+            word: self.word & !Self::LEVEL | u32::from(level.get()),
+            level,
+            ..self
+        }
+    }
+
     /// The role of a table that an entry of this one points to; none below the
     /// last level.
     #[inline]
     pub fn child(self) -> Option<Role> {
-        Some(Role {
-            level: self.level.child()?,
-            ..self
-        })
+        Some(self.with_level(self.level.child()?))
     }
 
     /// How accesses and writes are tracked below this role.

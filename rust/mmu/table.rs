@@ -3,9 +3,10 @@
 //! A table of the page tables, and its header.
 //!
 //! The header lives in an object of KVM's own cache for `struct kvm_mmu_page`,
-//! which vCPUs keep filled already. KVM's vendor module reads one byte of a root's
-//! header, "host MMIO is mapped below", which is therefore at the same offset
-//! here; the last 16 bytes of the object belong to the host, for RCU.
+//! which vCPUs keep filled already. Code of KVM outside its MMU reads some fields of a
+//! root's header, the role above all, by which kvm_intel tells the CPU how many levels
+//! there are to walk. These fields are where KVM has them and hold what KVM would hold
+//! ([`offset`]); the last 16 bytes of the object belong to the host, for RCU.
 //!
 //! A header is written in two steps before the table is reachable: by the host
 //! (where the entries are), by the engine (what the table is for). From then on
@@ -27,12 +28,27 @@ pub type Entries = [AtomicU64; ENTRIES];
 /// What of a header the engine may use.
 #[cfg(not(feature = "loom"))]
 pub(super) const HEADER_SIZE: usize = 168;
-/// Where KVM's vendor module expects `has_mapped_host_mmio`.
-pub const HOST_MMIO_OFFSET: usize = 68;
-/// Where a header says what it is of: [`KIND_TDP`], or a shadow page.
-pub const KIND_OFFSET: usize = 69;
+/// Where both kinds of header have what they have in common with KVM's. The module
+/// checks these numbers against KVM's own header.
+pub mod offset {
+    /// `tdp_mmu_page`: the header is of a table of the TDP MMU ([`KIND_TDP`]), or of a
+    /// shadow page.
+    ///
+    /// [`KIND_TDP`]: super::KIND_TDP
+    pub const KIND: usize = 32;
+    /// `role`, KVM's word of it, the bit for an invalid root included.
+    pub const ROLE: usize = 36;
+    /// `gfn`.
+    pub const GFN: usize = 40;
+    /// `spt`, the address of the entries.
+    pub const ENTRIES: usize = 48;
+    /// `root_count`, or `tdp_mmu_root_count`.
+    pub const ROOT_COUNT: usize = 64;
+    /// `has_mapped_host_mmio`.
+    pub const HOST_MMIO: usize = 68;
+}
 /// The header is of a table of the TDP MMU.
-pub const KIND_TDP: u8 = 0;
+pub const KIND_TDP: u8 = 1;
 
 /// The header of a table.
 #[repr(C)]
@@ -43,29 +59,29 @@ pub struct Table {
     /// Neighbours in the list of NX candidates; changed under the pages lock.
     pub(super) nx_next: AtomicPtr<Table>,
     pub(super) nx_prev: AtomicPtr<Table>,
-    entries: *mut Entries,
     hpa: u64,
+    /// [`KIND_TDP`].
+    kind: u8,
+    /// The table is in the list of NX candidates.
+    pub(super) nx_listed: AtomicBool,
+    /// The MMU's own reference is to be dropped after a zap.
+    pub(super) zap_scheduled: AtomicBool,
+    /// There is no huge page here because of the NX mitigation.
+    pub(super) nx_disallowed: AtomicBool,
+    /// KVM's word. It changes once, when a root becomes invalid.
+    role: AtomicU32,
     gfn: u64,
-    role_word: u32,
+    entries: *mut Entries,
+    /// What the word says, in the form in which it is asked for.
     level: u8,
     access: u8,
     smm: bool,
     guest_mode: bool,
     ad_disabled: bool,
-    /// Nobody may map below this root any more.
-    pub(super) invalid: AtomicBool,
-    /// The MMU's own reference is to be dropped after a zap.
-    pub(super) zap_scheduled: AtomicBool,
-    /// There is no huge page here because of the NX mitigation.
-    pub(super) nx_disallowed: AtomicBool,
-    /// The table is in the list of NX candidates.
-    pub(super) nx_listed: AtomicBool,
     /// References to a root.
     pub(super) refs: AtomicU32,
     /// Host MMIO is mapped below this root.
     host_mmio: AtomicBool,
-    /// [`KIND_TDP`].
-    kind: u8,
 }
 
 // The atomics of loom have another layout.
@@ -73,8 +89,12 @@ pub struct Table {
 const _: () = {
     use core::mem;
     assert!(mem::size_of::<Table>() <= HEADER_SIZE);
-    assert!(mem::offset_of!(Table, host_mmio) == HOST_MMIO_OFFSET);
-    assert!(mem::offset_of!(Table, kind) == KIND_OFFSET);
+    assert!(mem::offset_of!(Table, kind) == offset::KIND);
+    assert!(mem::offset_of!(Table, role) == offset::ROLE);
+    assert!(mem::offset_of!(Table, gfn) == offset::GFN);
+    assert!(mem::offset_of!(Table, entries) == offset::ENTRIES);
+    assert!(mem::offset_of!(Table, refs) == offset::ROOT_COUNT);
+    assert!(mem::offset_of!(Table, host_mmio) == offset::HOST_MMIO);
     assert!(mem::size_of::<AtomicBool>() == 1);
 };
 
@@ -86,22 +106,21 @@ impl Table {
             next_root: AtomicPtr::new(ptr::null_mut()),
             nx_next: AtomicPtr::new(ptr::null_mut()),
             nx_prev: AtomicPtr::new(ptr::null_mut()),
-            entries: entries.as_ptr(),
             hpa: hpa.0,
+            kind: KIND_TDP,
+            nx_listed: AtomicBool::new(false),
+            zap_scheduled: AtomicBool::new(false),
+            nx_disallowed: AtomicBool::new(false),
+            role: AtomicU32::new(0),
             gfn: 0,
-            role_word: 0,
+            entries: entries.as_ptr(),
             level: 0,
             access: 0,
             smm: false,
             guest_mode: false,
             ad_disabled: false,
-            invalid: AtomicBool::new(false),
-            zap_scheduled: AtomicBool::new(false),
-            nx_disallowed: AtomicBool::new(false),
-            nx_listed: AtomicBool::new(false),
             refs: AtomicU32::new(0),
             host_mmio: AtomicBool::new(false),
-            kind: KIND_TDP,
         }
     }
 
@@ -116,7 +135,7 @@ impl Table {
     #[inline]
     pub fn role(&self) -> Role {
         Role {
-            word: self.role_word,
+            word: self.role.load(Ordering::Relaxed) & !Role::INVALID,
             level: self.level(),
             smm: self.smm,
             guest_mode: self.guest_mode,
@@ -146,7 +165,13 @@ impl Table {
     /// Nobody may map below this root any more.
     #[inline]
     pub fn is_invalid(&self) -> bool {
-        self.invalid.load(Ordering::Acquire)
+        self.role.load(Ordering::Acquire) & Role::INVALID != 0
+    }
+
+    /// Nobody may map below this root from now on.
+    #[inline]
+    pub(super) fn invalidate(&self) {
+        self.role.fetch_or(Role::INVALID, Ordering::Release);
     }
 
     /// Host MMIO is mapped below this root.
@@ -259,7 +284,7 @@ impl TablePtr {
         // SAFETY: The table is alive by the invariants and ours alone by the
         // contract of this function.
         unsafe {
-            ptr::addr_of_mut!((*raw).role_word).write(role.word);
+            ptr::addr_of_mut!((*raw).role).write(AtomicU32::new(role.word));
             ptr::addr_of_mut!((*raw).level).write(role.level.get());
             ptr::addr_of_mut!((*raw).access).write(role.access);
             ptr::addr_of_mut!((*raw).smm).write(role.smm);

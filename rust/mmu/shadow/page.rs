@@ -30,7 +30,7 @@ use crate::mmu::{
         atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, AtomicU8, Ordering},
         MmuLocked,
     },
-    table::{Entries, ENTRIES, HEADER_SIZE, HOST_MMIO_OFFSET, KIND_OFFSET},
+    table::{offset, Entries, ENTRIES, HEADER_SIZE},
     types::{Gfn, Hpa, Level},
 };
 use core::{cell::Cell, mem, ptr, ptr::NonNull};
@@ -39,14 +39,11 @@ use core::{cell::Cell, mem, ptr, ptr::NonNull};
 /// what the guest's tables grant.
 pub type Translations = [Cell<u64>; ENTRIES];
 
-/// Where a header has the frame of its page.
-pub const GFN_OFFSET: usize = mem::offset_of!(Page, gfn);
-
 /// Where a header has the marks about unsync pages below its page.
 pub const UNSYNC_BITS_OFFSET: usize = mem::offset_of!(Page, unsync_bits);
 
-/// The value of a shadow page's byte at [`KIND_OFFSET`].
-pub const KIND_SHADOW: u8 = 1;
+/// The value of a shadow page's byte at [`offset::KIND`].
+pub const KIND_SHADOW: u8 = 0;
 
 /// What the NX mitigation has to do with a page.
 #[repr(u8)]
@@ -67,30 +64,34 @@ pub struct Page {
     /// The list of pages in use, or of zapped pages.
     pub(super) link: Link,
     pub(super) hash_link: Link,
-    entries: *mut Entries,
-    hpa: u64,
-    gfn: Cell<u64>,
-    translations: *const Translations,
-    role: AtomicU32,
-    host_mmio: AtomicBool,
     kind: Cell<u8>,
-    generation: AtomicU8,
     /// The guest may have changed the table without our knowledge.
     unsync: AtomicBool,
+    generation: AtomicU8,
+    pub(super) nx: Cell<Nx>,
+    role: AtomicU32,
+    gfn: Cell<u64>,
+    entries: *mut Entries,
+    translations: *const Translations,
     /// vCPUs that use the page as a root; changes under the write lock.
     pub(super) roots: Cell<u32>,
-    unsync_children: AtomicU16,
+    host_mmio: AtomicBool,
     /// Writes to the table since a walk came by.
     floods: AtomicU8,
-    pub(super) nx: Cell<Nx>,
+    unsync_children: AtomicU16,
+    hpa: u64,
     parents: AtomicU64,
     unsync_bits: [Cell<u64>; ENTRIES / 64],
     pub(super) nx_link: Link,
 }
 
 const _: () = assert!(mem::size_of::<Page>() == HEADER_SIZE);
-const _: () = assert!(mem::offset_of!(Page, host_mmio) == HOST_MMIO_OFFSET);
-const _: () = assert!(mem::offset_of!(Page, kind) == KIND_OFFSET);
+const _: () = assert!(mem::offset_of!(Page, kind) == offset::KIND);
+const _: () = assert!(mem::offset_of!(Page, role) == offset::ROLE);
+const _: () = assert!(mem::offset_of!(Page, gfn) == offset::GFN);
+const _: () = assert!(mem::offset_of!(Page, entries) == offset::ENTRIES);
+const _: () = assert!(mem::offset_of!(Page, roots) == offset::ROOT_COUNT);
+const _: () = assert!(mem::offset_of!(Page, host_mmio) == offset::HOST_MMIO);
 
 impl Page {
     /// Says what a page is for, before anybody can find it.

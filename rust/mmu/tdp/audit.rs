@@ -10,7 +10,6 @@ use super::{
 use crate::mmu::{
     audit::{Audit, Broken, Finding, Frames},
     host::Host,
-    role::Role,
     spte::Spte,
     sync::{atomic::Ordering, MmuLocked, MmuWrite, RcuRead},
     table::Table,
@@ -139,11 +138,7 @@ fn fits_link<H: Host, R: RcuRead>(host: &H, root: &Table, entry: &Entry<'_>, rcu
     };
     table.hpa() == entry.spte.hpa(host.format())
         && table.gfn() == entry.gfn
-        && table.role()
-            == Role {
-                level,
-                ..root.role()
-            }
+        && table.role() == root.role().with_level(level)
 }
 
 fn audit_leaf<H: Host, S: Frames, F: FnMut(Finding)>(

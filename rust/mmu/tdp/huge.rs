@@ -11,7 +11,6 @@ use super::{
 };
 use crate::mmu::{
     host::{Event, Host, SplitOutcome},
-    role::Role,
     spte::Spte,
     sync::{Flush, MmuLocked, MmuRead, RcuRead},
     table::TablePtr,
@@ -82,7 +81,7 @@ impl Tdp {
                     stopped = Some((entry.gfn, entry.spte, entry.level));
                     return Step::Stop;
                 };
-                let role = Role { level, ..root_role };
+                let role = root_role.with_level(level);
                 // SAFETY: The table is ours until it is linked.
                 unsafe { table.prepare(role, entry.gfn) };
                 // SAFETY: As above.

@@ -257,7 +257,7 @@ impl Tdp {
         };
         self.any_root_rcu(valid, &rcu, |root| {
             root.zap_scheduled.store(true, Ordering::Relaxed);
-            root.invalid.store(true, Ordering::Release);
+            root.invalidate();
             false
         });
     }

@@ -10,12 +10,11 @@
 use super::cpu::Tlb;
 use rmmu_engine::mmu::{
     shadow::{
-        page::{GFN_OFFSET, UNSYNC_BITS_OFFSET},
-        AuditHost, Counter, Desc, DescPtr, Maximum, Page, PagePtr, PageSource, ShadowHost,
-        SplitCaches, Translations,
+        page::UNSYNC_BITS_OFFSET, AuditHost, Counter, Desc, DescPtr, Maximum, Page, PagePtr,
+        PageSource, ShadowHost, SplitCaches, Translations,
     },
     sync::atomic::{AtomicU64, Ordering},
-    table::Entries,
+    table::{offset, Entries},
     Flush, Gfn, GfnRange, Host, Hpa, Level, MmuRead, MmuWrite, RcuRead, Spte, SpteFormat, TablePtr,
 };
 use std::{
@@ -587,7 +586,7 @@ impl AuditHost for Machine {
         // As the kernel may find it: the page of a header that is in use no more.
         let header = self.header_at(index);
         // SAFETY: Within the headers, which live as long as the machine.
-        let gfn = unsafe { header.cast::<u64>().byte_add(GFN_OFFSET).read() };
+        let gfn = unsafe { header.cast::<u64>().byte_add(offset::GFN).read() };
         Some((header.addr().get() as u64, Gfn(gfn)))
     }
 
