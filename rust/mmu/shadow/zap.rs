@@ -5,7 +5,7 @@
 use super::{
     host::{Counter, PageEvent, ShadowHost},
     page::{Entry, Page},
-    unsync::{is_untouched, Unsynced},
+    unsync::is_untouched,
     Op, Owed, Shadow,
 };
 use crate::mmu::{
@@ -73,20 +73,29 @@ impl<'l, H: ShadowHost> Op<'l, H> {
         Zapped { pages, others }
     }
 
-    /// Unsync pages that nothing leads to any more would not be found by those who
-    /// protect their tables again.
+    /// Zaps the unsync pages below: when nothing leads to them any more, they would
+    /// not be found by those who protect their tables again.
+    ///
+    /// The page may be a root that vCPUs use until the end of the operation, and they
+    /// ask for its marks without the lock. So a mark goes when there is nothing stale
+    /// below it any more, and not before.
     fn zap_unsync_below(&self, page: &'l Page) -> u64 {
         let mut pages: u64 = 0;
-        loop {
-            let mut unsynced = Unsynced::new();
-            let all = self.collect_unsync(page, &mut unsynced);
-            for child in unsynced.iter() {
-                pages = pages.wrapping_add(self.prepare_zap(child).pages);
+        let mut next = page.next_unsync_child(0);
+        while let Some(index) = next {
+            if let Some(child) = self.child_of(Entry::new(page, index)) {
+                let zapped = if child.is_unsync() {
+                    // Of the last level, so that this goes no deeper.
+                    self.prepare_zap(child).pages
+                } else {
+                    self.zap_unsync_below(child)
+                };
+                pages = pages.wrapping_add(zapped);
             }
-            if all.is_ok() {
-                return pages;
-            }
+            page.clear_unsync_child(index);
+            next = page.next_unsync_child(index.wrapping_add(1));
         }
+        pages
     }
 
     /// Zaps all pages that shadow the table at `gfn`. True if there were any, and

@@ -10,15 +10,19 @@ use common::{format, Random};
 use rmmu_engine::mmu::{
     shadow::{Counter, PageInfo},
     sync::atomic::Ordering,
-    Gfn, Host, Hpa, Spte,
+    Gfn, Host, Hpa, Level, Spte,
 };
 use shadow::{
     cpu::Kind,
-    host::Slot,
+    host::{Machine, Slot},
     paging::{Mode, Paging, FULL, U, W},
     Touch, Vm,
 };
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    cell::Cell,
+    collections::{BTreeMap, BTreeSet},
+    rc::Rc,
+};
 
 /// More than a walk hands out at a time.
 const WIDE: u64 = 40;
@@ -213,6 +217,72 @@ fn a_zapped_page_takes_the_unsync_pages_below_with_it() {
         vm.destroy();
     }
     assert!(most > 16, "the walk was never out of room: {most}");
+}
+
+/// Whether the hardware comes from the page at `hpa` to one of `pages`.
+fn reaches(machine: &Machine, hpa: u64, level: Level, pages: &BTreeSet<u64>) -> bool {
+    if pages.contains(&hpa) {
+        return true;
+    }
+    (0..512).any(|index| {
+        let spte = Spte(machine.entry(Hpa(hpa), index).load(Ordering::Relaxed));
+        match level.child() {
+            Some(child) if spte.is_nonleaf(level) => {
+                reaches(machine, spte.hpa(machine.format()).0, child, pages)
+            }
+            _ => false,
+        }
+    })
+}
+
+/// From now on, and whenever the engine lets anything be known, whoever asks without
+/// the lock whether a root is unsync must hear that it is as long as one of `stale` can
+/// be reached from it. Returns how often that was so.
+fn watch(vm: &Vm, roots: &[u64], stale: &BTreeSet<u64>) -> Rc<Cell<u64>> {
+    let asked = Rc::new(Cell::new(0));
+    let (count, shadow) = (Rc::clone(&asked), Rc::clone(&vm.shadow));
+    let (roots, stale) = (roots.to_vec(), stale.clone());
+    *vm.machine.observer.borrow_mut() = Some(Rc::new(move |machine| {
+        for &root in &roots {
+            if !shadow.is_unsync(machine.page(Hpa(root))) {
+                let late = reaches(machine, root, Level::L512G, &stale);
+                assert!(!late, "what is stale can be reached, and a root is not unsync");
+            } else {
+                count.set(count.get() + 1);
+            }
+        }
+    }));
+    asked
+}
+
+#[test]
+fn a_root_is_unsync_until_a_zap_has_taken_what_is_stale_out_of_reach() {
+    let mut random = Random(9);
+    let mut asked = 0;
+    for round in 0..60 {
+        let mut vm = random_tree(&mut random);
+        let table = match round % 3 {
+            0 => ROOT,
+            1 => L3 + random.below(3),
+            _ => L2 + random.below(4),
+        };
+        vm.machine.recursive_zap.set(random.once_in(2));
+        let roots: Vec<u64> = vm.held_roots().into_iter().collect();
+        assert_eq!(roots.len(), 2);
+        let watched = watch(&vm, &roots, &all_unsync(&vm));
+        vm.machine
+            .write(|lock| vm.shadow.unprotect_gfn(&vm.machine, lock, Gfn(table)));
+        if random.once_in(3) {
+            vm.machine
+                .write(|lock| vm.shadow.zap_all(&vm.machine, lock));
+        }
+        *vm.machine.observer.borrow_mut() = None;
+        asked += watched.get();
+        vm.drop_obsolete(0);
+        vm.check();
+        vm.destroy();
+    }
+    assert!(asked > 1000, "a root was hardly ever unsync in a zap: {asked}");
 }
 
 /// Many unsync tables below one of the second level.

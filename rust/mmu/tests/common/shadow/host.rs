@@ -10,8 +10,8 @@
 use super::cpu::Tlb;
 use rmmu_engine::mmu::{
     shadow::{
-        page::UNSYNC_BITS_OFFSET, AuditHost, Counter, Desc, DescPtr, Maximum, Page, PagePtr,
-        PageSource, ShadowHost, SplitCaches, Translations,
+        page::UNSYNC_BITS_OFFSET, AuditHost, Counter, Desc, DescPtr, Maximum, Page, PageEvent,
+        PagePtr, PageSource, ShadowHost, SplitCaches, Translations,
     },
     sync::atomic::{AtomicU64, Ordering},
     table::{offset, Entries},
@@ -22,6 +22,7 @@ use std::{
     cell::{Cell, RefCell},
     collections::{BTreeSet, HashMap},
     ptr::NonNull,
+    rc::Rc,
 };
 
 const PAGES: usize = 1 << 12;
@@ -145,8 +146,14 @@ pub struct Machine {
     pub yields: Cell<u64>,
     pub flushes: Cell<u64>,
     pub roots_zapped: Cell<u64>,
+    /// Called in the middle of operations, whenever the engine lets something be known:
+    /// whoever does not hold the lock may look then.
+    pub observer: RefCell<Option<Observer>>,
     bugs: RefCell<Vec<&'static str>>,
 }
+
+/// Somebody without the lock.
+pub type Observer = Rc<dyn Fn(&Machine)>;
 
 fn arena_layout() -> Layout {
     // Entries first, then translations.
@@ -209,6 +216,7 @@ impl Machine {
             yields: Cell::new(0),
             flushes: Cell::new(0),
             roots_zapped: Cell::new(0),
+            observer: RefCell::default(),
             bugs: RefCell::default(),
         }
     }
@@ -223,6 +231,13 @@ impl Machine {
     pub fn read<R>(&self, f: impl FnOnce(&MmuRead<'_>) -> R) -> R {
         // SAFETY: There is one thread.
         f(&unsafe { MmuRead::assume_held() })
+    }
+
+    fn observe(&self) {
+        let observer = self.observer.borrow().clone();
+        if let Some(observer) = observer {
+            observer(self);
+        }
     }
 
     pub fn bugs(&self) -> Vec<&'static str> {
@@ -414,6 +429,7 @@ unsafe impl Host for Machine {
     fn account_leaf(&self, level: Level, delta: i64) {
         let leaves = &self.leaves[level.slot()];
         leaves.set(leaves.get() + delta);
+        self.observe();
     }
 
     fn account_nx_split(&self, delta: i64) {
@@ -421,6 +437,7 @@ unsafe impl Host for Machine {
     }
 
     fn flush_all(&self) {
+        self.observe();
         self.flushes.set(self.flushes.get() + 1);
         for tlb in self.tlbs.borrow_mut().iter_mut() {
             tlb.flush();
@@ -501,6 +518,7 @@ unsafe impl ShadowHost for Machine {
 
     fn account_page(&self, _page: PagePtr, delta: i32) {
         self.accounted.set(self.accounted.get() + i64::from(delta));
+        self.observe();
     }
 
     fn account_indirect(&self, delta: i64) {
@@ -565,8 +583,13 @@ unsafe impl ShadowHost for Machine {
         self.recursive_zap.get()
     }
 
+    fn trace_page(&self, _event: PageEvent<'_>) {
+        self.observe();
+    }
+
     fn count(&self, counter: Counter, by: i64) {
         *self.counters.borrow_mut().entry(counter).or_default() += by;
+        self.observe();
     }
 
     fn maximum(&self, what: Maximum, n: u64) {

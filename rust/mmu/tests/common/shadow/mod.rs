@@ -33,6 +33,7 @@ use std::{
     cell::Cell,
     collections::{BTreeMap, BTreeSet, HashSet},
     ptr::NonNull,
+    rc::Rc,
 };
 
 /// A vCPU.
@@ -52,7 +53,8 @@ pub struct Vcpu {
 /// See the module.
 pub struct Vm {
     pub machine: Machine,
-    pub shadow: Shadow,
+    /// Shared with those who ask it something without the lock.
+    pub shadow: Rc<Shadow>,
     pub ram: Ram,
     pub paging: Paging,
     pub vcpus: Vec<Vcpu>,
@@ -86,7 +88,7 @@ impl Vm {
         }
         Vm {
             machine: Machine::new(format, slots, vcpus),
-            shadow,
+            shadow: Rc::new(shadow),
             ram: Ram::new(frames),
             paging,
             vcpus: (0..vcpus).map(|_| Vcpu::default()).collect(),
