@@ -141,15 +141,16 @@ impl Shadow {
 }
 
 impl<'l, H: ShadowHost> Op<'l, H> {
-    /// The page for `gfn` and `role`, made if it is not there. None if the caches
-    /// are empty, or the frame is in no slot.
+    /// The page for `gfn` and `role`, to be linked at `above` if it is no root; made if
+    /// it is not there. None if the caches are empty, or the frame is in no slot.
     pub(super) fn get_page<C: Context<H>>(
         &self,
         cx: &mut C,
         gfn: Gfn,
         role: PageRole,
+        above: Option<Entry<'l>>,
     ) -> Option<&'l Page> {
-        if let Some(page) = self.find_page(cx, gfn, role) {
+        if let Some(page) = self.find_page(cx, gfn, role, above) {
             self.host.trace_page(PageEvent::Found(page));
             return Some(page);
         }
@@ -159,7 +160,13 @@ impl<'l, H: ShadowHost> Op<'l, H> {
         Some(page)
     }
 
-    fn find_page<C: Context<H>>(&self, cx: &mut C, gfn: Gfn, role: PageRole) -> Option<&'l Page> {
+    fn find_page<C: Context<H>>(
+        &self,
+        cx: &mut C,
+        gfn: Gfn,
+        role: PageRole,
+        above: Option<Entry<'l>>,
+    ) -> Option<&'l Page> {
         let bucket = self.shadow.bucket(gfn.0, self.lock)?;
         let mut collisions: u64 = 0;
         let mut found = None;
@@ -188,7 +195,13 @@ impl<'l, H: ShadowHost> Op<'l, H> {
             }
             if page.is_unsync() {
                 // Brought up to date but left unsync: the guest need not fault
-                // again for every page that shadows this table.
+                // again for every page that shadows this table. It goes on writing
+                // meanwhile, and flushes by asking for the marks above: what it wrote
+                // is read here, or the marks are seen there.
+                if let Some(above) = above {
+                    self.mark_unsync(above);
+                    fence(Ordering::SeqCst);
+                }
                 match cx.sync(self, page) {
                     Ok(flush) => self.owe_flush(flush),
                     Err(OutOfSync) => {
@@ -279,7 +292,7 @@ impl<'l, H: ShadowHost> Op<'l, H> {
                 return Some(Child::Linked(child));
             }
         }
-        self.get_page(cx, gfn, role).map(Child::Found)
+        self.get_page(cx, gfn, role, Some(entry)).map(Child::Found)
     }
 
     /// The page an entry points to.

@@ -58,7 +58,7 @@ impl Shadow {
         role: PageRole,
     ) -> Option<PagePtr> {
         self.run(host, lock, |op| {
-            let page = op.get_page(&mut NeverUnsync(source), gfn, role)?;
+            let page = op.get_page(&mut NeverUnsync(source), gfn, role, None)?;
             page.roots.set(page.roots.get().wrapping_add(1));
             Some(page.as_ptr())
         })
@@ -99,8 +99,9 @@ impl Shadow {
     /// marks go first. Whoever takes the lock then waits until it is done.
     pub fn is_unsync(&self, root: PagePtr) -> bool {
         // What the guest wrote before it flushed went through a writable entry,
-        // which was installed after the marks.
-        fence(Ordering::Acquire);
+        // which was installed after the marks. And of a page that is being linked
+        // below the root, either the marks are seen here, or what was written is there.
+        fence(Ordering::SeqCst);
         root.any_unsync() || self.syncing.load(Ordering::Acquire)
     }
 

@@ -118,7 +118,7 @@ impl<'l, H: ShadowHost> Op<'l, H> {
         let Some(role) = huge.page.role().child(huge.index, true, access) else {
             return false;
         };
-        let Some(page) = self.get_page(&mut NeverUnsync(caches), gfn, role) else {
+        let Some(page) = self.get_page(&mut NeverUnsync(caches), gfn, role, Some(huge)) else {
             return false;
         };
         for index in 0..ENTRIES {

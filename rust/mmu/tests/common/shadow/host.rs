@@ -153,7 +153,7 @@ pub struct Machine {
 }
 
 /// Somebody without the lock.
-pub type Observer = Rc<dyn Fn(&Machine)>;
+pub type Observer = Rc<dyn Fn(&Machine, Option<PageEvent<'_>>)>;
 
 fn arena_layout() -> Layout {
     // Entries first, then translations.
@@ -233,10 +233,10 @@ impl Machine {
         f(&unsafe { MmuRead::assume_held() })
     }
 
-    fn observe(&self) {
+    fn observe(&self, event: Option<PageEvent<'_>>) {
         let observer = self.observer.borrow().clone();
         if let Some(observer) = observer {
-            observer(self);
+            observer(self, event);
         }
     }
 
@@ -429,7 +429,7 @@ unsafe impl Host for Machine {
     fn account_leaf(&self, level: Level, delta: i64) {
         let leaves = &self.leaves[level.slot()];
         leaves.set(leaves.get() + delta);
-        self.observe();
+        self.observe(None);
     }
 
     fn account_nx_split(&self, delta: i64) {
@@ -437,7 +437,7 @@ unsafe impl Host for Machine {
     }
 
     fn flush_all(&self) {
-        self.observe();
+        self.observe(None);
         self.flushes.set(self.flushes.get() + 1);
         for tlb in self.tlbs.borrow_mut().iter_mut() {
             tlb.flush();
@@ -518,7 +518,7 @@ unsafe impl ShadowHost for Machine {
 
     fn account_page(&self, _page: PagePtr, delta: i32) {
         self.accounted.set(self.accounted.get() + i64::from(delta));
-        self.observe();
+        self.observe(None);
     }
 
     fn account_indirect(&self, delta: i64) {
@@ -583,13 +583,13 @@ unsafe impl ShadowHost for Machine {
         self.recursive_zap.get()
     }
 
-    fn trace_page(&self, _event: PageEvent<'_>) {
-        self.observe();
+    fn trace_page(&self, event: PageEvent<'_>) {
+        self.observe(Some(event));
     }
 
     fn count(&self, counter: Counter, by: i64) {
         *self.counters.borrow_mut().entry(counter).or_default() += by;
-        self.observe();
+        self.observe(None);
     }
 
     fn maximum(&self, what: Maximum, n: u64) {

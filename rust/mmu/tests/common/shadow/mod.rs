@@ -55,7 +55,7 @@ pub struct Vm {
     pub machine: Machine,
     /// Shared with those who ask it something without the lock.
     pub shadow: Rc<Shadow>,
-    pub ram: Ram,
+    pub ram: Rc<Ram>,
     pub paging: Paging,
     pub vcpus: Vec<Vcpu>,
     /// Pages of addresses that are watched.
@@ -89,7 +89,7 @@ impl Vm {
         Vm {
             machine: Machine::new(format, slots, vcpus),
             shadow: Rc::new(shadow),
-            ram: Ram::new(frames),
+            ram: Rc::new(Ram::new(frames)),
             paging,
             vcpus: (0..vcpus).map(|_| Vcpu::default()).collect(),
             watched: BTreeSet::new(),

@@ -172,6 +172,17 @@ impl Seen<'_> {
             "an entry of {gfn:x?} is read that a CPU can still write to unseen"
         );
     }
+
+    /// The engine reads an entry. If that is for a sync, a vCPU that asks now, without
+    /// the lock, must not believe that all is done.
+    fn assert_unsync(&self) {
+        if let Some(root) = self.ram.syncing.get() {
+            assert!(
+                self.shadow.is_unsync(root),
+                "a root is unsync until its sync ends"
+            );
+        }
+    }
 }
 
 impl GuestMemory for Seen<'_> {
@@ -211,13 +222,7 @@ impl GuestMemory for Seen<'_> {
     fn read_now(&self, gpa: u64, width: Width) -> Option<u64> {
         self.page(Gfn(gpa >> 12))?;
         self.assert_settled(gpa);
-        if let Some(root) = self.ram.syncing.get() {
-            // A vCPU that asks now, without the lock, must not believe that all is done.
-            assert!(
-                self.shadow.is_unsync(root),
-                "a root is unsync until its sync ends"
-            );
-        }
+        self.assert_unsync();
         Some(self.ram.load(gpa, width))
     }
 
@@ -231,6 +236,7 @@ impl GuestMemory for Seen<'_> {
             return false;
         }
         self.assert_settled(gpa);
+        self.assert_unsync();
         for (i, place) in group.iter_mut().enumerate() {
             *place = self.ram.load(gpa + bytes * i as u64, width);
         }
