@@ -19,7 +19,6 @@
 pub mod audit;
 pub mod host;
 pub mod role;
-#[cfg(not(feature = "loom"))]
 pub mod shadow;
 pub mod spte;
 pub mod sync;

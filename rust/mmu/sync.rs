@@ -21,7 +21,17 @@ pub mod atomic {
         fence, AtomicBool, AtomicPtr, AtomicU16, AtomicU32, AtomicU64, AtomicU8, Ordering,
     };
     #[cfg(feature = "loom")]
-    pub use loom::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
+    pub use loom::sync::atomic::{
+        fence, AtomicBool, AtomicPtr, AtomicU16, AtomicU32, AtomicU64, AtomicU8, Ordering,
+    };
+}
+
+/// Cells of which locks are in charge. Loom's notice when two threads use one at a time.
+pub mod cell {
+    #[cfg(not(feature = "loom"))]
+    pub use core::cell::Cell;
+    #[cfg(feature = "loom")]
+    pub use loom::cell::Cell;
 }
 
 /// Proof that `mmu_lock` is held for read by this thread.

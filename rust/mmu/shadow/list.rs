@@ -14,7 +14,7 @@ type Pointer = Cell<Option<NonNull<Page>>>;
 
 /// A page's place in a list.
 #[repr(C)]
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Link {
     next: Pointer,
     prev: Pointer,

@@ -120,7 +120,7 @@ pub struct Shadow {
 
 impl Shadow {
     /// An MMU without any page, that may have `max_pages`.
-    pub const fn new(max_pages: u64) -> Shadow {
+    pub fn new(max_pages: u64) -> Shadow {
         Shadow {
             buckets: AtomicPtr::new(ptr::null_mut()),
             active: List::new(),

@@ -28,12 +28,13 @@ use crate::mmu::{
     spte::Spte,
     sync::{
         atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, AtomicU8, Ordering},
+        cell::Cell,
         MmuLocked,
     },
-    table::{offset, Entries, ENTRIES, HEADER_SIZE},
+    table::{Entries, ENTRIES},
     types::{Gfn, Hpa, Level},
 };
-use core::{cell::Cell, mem, ptr, ptr::NonNull};
+use core::{mem, ptr, ptr::NonNull};
 
 /// What each entry of a page translates to: frame number and, in the low 12 bits,
 /// what the guest's tables grant.
@@ -42,7 +43,7 @@ pub type Translations = [Cell<u64>; ENTRIES];
 /// Where a header has the marks about unsync pages below its page.
 pub const UNSYNC_BITS_OFFSET: usize = mem::offset_of!(Page, unsync_bits);
 
-/// The value of a shadow page's byte at [`offset::KIND`].
+/// The value of a shadow page's byte at [`offset::KIND`](crate::mmu::table::offset::KIND).
 pub const KIND_SHADOW: u8 = 0;
 
 /// What the NX mitigation has to do with a page.
@@ -81,19 +82,49 @@ pub struct Page {
     unsync_children: AtomicU16,
     hpa: u64,
     parents: AtomicU64,
-    unsync_bits: [Cell<u64>; ENTRIES / 64],
+    unsync_bits: [Cell<u64>; ENTRIES.div_ceil(64)],
     pub(super) nx_link: Link,
 }
 
-const _: () = assert!(mem::size_of::<Page>() == HEADER_SIZE);
-const _: () = assert!(mem::offset_of!(Page, kind) == offset::KIND);
-const _: () = assert!(mem::offset_of!(Page, role) == offset::ROLE);
-const _: () = assert!(mem::offset_of!(Page, gfn) == offset::GFN);
-const _: () = assert!(mem::offset_of!(Page, entries) == offset::ENTRIES);
-const _: () = assert!(mem::offset_of!(Page, roots) == offset::ROOT_COUNT);
-const _: () = assert!(mem::offset_of!(Page, host_mmio) == offset::HOST_MMIO);
+// The atomics of loom have another layout.
+#[cfg(not(feature = "loom"))]
+const _: () = {
+    use crate::mmu::table::{offset, HEADER_SIZE};
+    assert!(mem::size_of::<Page>() == HEADER_SIZE);
+    assert!(mem::offset_of!(Page, kind) == offset::KIND);
+    assert!(mem::offset_of!(Page, role) == offset::ROLE);
+    assert!(mem::offset_of!(Page, gfn) == offset::GFN);
+    assert!(mem::offset_of!(Page, entries) == offset::ENTRIES);
+    assert!(mem::offset_of!(Page, roots) == offset::ROOT_COUNT);
+    assert!(mem::offset_of!(Page, host_mmio) == offset::HOST_MMIO);
+};
 
 impl Page {
+    /// What zeroes are, of which the atomics of loom are not made.
+    #[cfg(feature = "loom")]
+    fn zeroed() -> Page {
+        Page {
+            link: Link::default(),
+            hash_link: Link::default(),
+            entries: ptr::null_mut(),
+            hpa: 0,
+            gfn: Cell::new(0),
+            translations: ptr::null(),
+            role: AtomicU32::new(0),
+            host_mmio: AtomicBool::new(false),
+            kind: Cell::new(0),
+            generation: AtomicU8::new(0),
+            unsync: AtomicBool::new(false),
+            roots: Cell::new(0),
+            unsync_children: AtomicU16::new(0),
+            floods: AtomicU8::new(0),
+            nx: Cell::new(Nx::Free),
+            parents: AtomicU64::new(0),
+            unsync_bits: core::array::from_fn(|_| Cell::new(0)),
+            nx_link: Link::default(),
+        }
+    }
+
     /// Says what a page is for, before anybody can find it.
     pub(super) fn prepare(&self, role: PageRole, gfn: Gfn, generation: u8) {
         self.kind.set(KIND_SHADOW);
@@ -343,6 +374,11 @@ impl PagePtr {
         translations: Option<NonNull<Translations>>,
     ) -> PagePtr {
         let raw = header.as_ptr();
+        #[cfg(feature = "loom")]
+        // SAFETY: As below.
+        unsafe {
+            raw.write(Page::zeroed());
+        }
         let translations = translations.map_or(ptr::null(), |all| all.as_ptr().cast_const());
         // SAFETY: The header is ours alone, and zeroes are valid in all fields.
         unsafe {

@@ -40,8 +40,10 @@ impl EntryPtr {
     #[inline]
     pub(super) fn place(self) -> (u64, usize) {
         const BYTES: u64 = mem::size_of::<Entries>() as u64;
+        const { assert!(BYTES.is_power_of_two(), "entries are aligned to their size") };
         let first = self.0 & !(BYTES - 1);
-        (first, (self.0 & (BYTES - 1)) as usize / 8 % ENTRIES)
+        let index = (self.0 & (BYTES - 1)) as usize / mem::size_of::<AtomicU64>();
+        (first, index % ENTRIES)
     }
 
     /// The entry. The page it is in is alive: an entry leaves all maps before its

@@ -6,11 +6,11 @@ use super::{
     format::{GuestFormat, Width},
     GuestContext, GuestMemory,
 };
-use crate::mmu::types::{Gfn, Level, ACC_WRITE};
+use crate::mmu::types::{Gfn, Level, ACC_WRITE, ENTRIES};
 use core::marker::PhantomData;
 
 /// How many entries a prefetch looks at: an aligned group around the fault.
-pub const GROUP: usize = 8;
+pub const GROUP: usize = if ENTRIES < 8 { ENTRIES } else { 8 };
 
 /// What the guest's last-level entry maps.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

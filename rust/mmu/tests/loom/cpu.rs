@@ -4,20 +4,24 @@
 
 use crate::{
     hardware::Hardware,
-    machine::{Machine, Slot},
+    machine::{Gone, Machine, Slot},
 };
 use loom::sync::{
     atomic::{AtomicUsize, Ordering},
     MutexGuard, RwLockReadGuard, RwLockWriteGuard,
 };
 use rmmu_engine::mmu::{
-    Gfn, GfnRange, Host, Hpa, Level, MmuRead, MmuWrite, RcuRead, SpteFormat, TablePtr, TableSource,
+    Entries, Gfn, GfnRange, Host, Hpa, Level, MmuRead, MmuWrite, RcuRead, SpteFormat, TablePtr,
+    TableSource,
 };
-use std::cell::{Cell, RefCell};
+use std::{
+    cell::{Cell, RefCell},
+    ptr::NonNull,
+};
 
 pub struct Cpu<'m> {
     pub machine: &'m Machine,
-    id: usize,
+    pub id: usize,
     sections: Cell<u32>,
     held: RefCell<Held<'m>>,
     /// Counts what the CPU did to the count of tables. For loom what comes after it
@@ -131,6 +135,13 @@ unsafe impl<'m> Host for Cpu<'m> {
         self.machine.table_at(hpa)
     }
 
+    fn entries_of(&self, hpa: Hpa) -> NonNull<Entries> {
+        match self.machine.guest.page_at(hpa) {
+            Some(page) => page.entries(),
+            None => self.table_of(hpa).entries(),
+        }
+    }
+
     fn alloc_table(&self) -> Option<TablePtr> {
         Some(self.machine.alloc_table())
     }
@@ -141,7 +152,8 @@ unsafe impl<'m> Host for Cpu<'m> {
 
     fn free_table_rcu(&self, table: TablePtr) {
         self.machine.begin_to_free(table);
-        self.machine.free_all(self.machine.rcu.give_up(table));
+        self.machine
+            .free_all(self.machine.rcu.give_up(Gone::Table(table)));
     }
 
     fn account_table(&self, _table: TablePtr, delta: i32) {
@@ -159,6 +171,7 @@ unsafe impl<'m> Host for Cpu<'m> {
 
     fn flush_all(&self) {
         self.machine.for_each_vcpu(Hardware::flush);
+        self.machine.guest.flush_all();
     }
 
     fn flush_range(&self, range: GfnRange) {

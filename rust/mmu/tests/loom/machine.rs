@@ -6,9 +6,10 @@
 //! use after free is a failed assertion and no undefined behaviour. The entries of
 //! a freed table lead nowhere, and loom knows who may still get at them.
 
-use crate::{hardware::Hardware, memory::Memory, rcu::Rcu};
+use crate::{guest::Guest, hardware::Hardware, memory::Memory, rcu::Rcu};
 use loom::sync::{Mutex, MutexGuard, RwLock};
 use rmmu_engine::mmu::{
+    shadow::PagePtr,
     sync::atomic::{AtomicU64, Ordering},
     table::{Entries, Table},
     Gfn, Hpa, Level, SpteFormat, TablePtr, ENTRIES,
@@ -21,7 +22,7 @@ use std::{
 
 const FIRST_HPA: u64 = 1 << 40;
 /// Present, and leads to a table or page that never was.
-const POISON: u64 = 1 << 11 | 3 | 1 << 44;
+pub const POISON: u64 = 1 << 11 | 3 | 1 << 44;
 
 /// The slot's dirty log. KVM uses locked instructions for it, so it does order.
 pub struct Slot {
@@ -52,6 +53,13 @@ pub struct Counts {
     pub bugs: Vec<&'static str>,
 }
 
+/// What is freed after a grace period.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Gone {
+    Table(TablePtr),
+    Page(PagePtr),
+}
+
 pub struct Machine {
     pub format: SpteFormat,
     pub nx: bool,
@@ -60,6 +68,8 @@ pub struct Machine {
     pub rcu: Rcu,
     pub memory: Memory,
     pub slot: Slot,
+    /// What there is for shadow paging.
+    pub guest: Guest,
     // No operation of loom happens while one of the plain ones is locked.
     pub counts: Plain<Counts>,
     vcpus: Vec<Mutex<Hardware>>,
@@ -98,6 +108,7 @@ impl Machine {
             slot: Slot {
                 log: AtomicU64::new(0),
             },
+            guest: Guest::none(),
             counts: Plain::default(),
             vcpus: (0..cpus).map(|_| Mutex::new(Hardware::default())).collect(),
             tables: Plain::default(),
@@ -190,10 +201,13 @@ impl Machine {
         unsafe { TablePtr::adopt(header(place), entries(place), hpa) };
     }
 
-    pub fn free_all(&self, tables: Vec<TablePtr>) {
-        for table in tables {
+    pub fn free_all(&self, gone: Vec<Gone>) {
+        for one in gone {
             self.rcu.end_grace_period();
-            self.free(table);
+            match one {
+                Gone::Table(table) => self.free(table),
+                Gone::Page(page) => self.guest.free(page),
+            }
         }
     }
 

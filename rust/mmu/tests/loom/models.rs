@@ -15,9 +15,11 @@
 
 mod cpu;
 mod explore;
+mod guest;
 mod hardware;
 mod machine;
 mod memory;
+mod paging;
 mod rcu;
 mod vm;
 
@@ -31,4 +33,5 @@ mod huge;
 mod install;
 mod nx;
 mod roots;
+mod unsync;
 mod zap;

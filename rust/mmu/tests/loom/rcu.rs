@@ -11,8 +11,8 @@
 //! Who leaves the last section that a grace period waits for ends it, and so learns
 //! of more than it would from an interrupt. That is so only after it left.
 
+use crate::machine::Gone;
 use loom::sync::atomic::{AtomicUsize, Ordering};
-use rmmu_engine::mmu::TablePtr;
 use std::sync::Mutex;
 
 pub struct Rcu {
@@ -30,7 +30,7 @@ struct State {
 }
 
 struct Dying {
-    table: TablePtr,
+    table: Gone,
     /// CPUs, one bit each, whose section was entered before.
     waits_for: u32,
     /// All CPUs have been looked at.
@@ -55,7 +55,7 @@ impl Rcu {
     }
 
     /// Returns what nobody needs any more.
-    pub fn leave(&self, cpu: usize) -> Vec<TablePtr> {
+    pub fn leave(&self, cpu: usize) -> Vec<Gone> {
         self.places[cpu].fetch_add(0, Ordering::Release);
         let mut state = self.state.lock().unwrap();
         state.inside[cpu] = false;
@@ -66,7 +66,7 @@ impl Rcu {
     }
 
     /// Gives up a table; as `leave`.
-    pub fn give_up(&self, table: TablePtr) -> Vec<TablePtr> {
+    pub fn give_up(&self, table: Gone) -> Vec<Gone> {
         self.handover.fetch_add(0, Ordering::Release);
         self.state.lock().unwrap().dying.push(Dying {
             table,
@@ -95,12 +95,12 @@ impl Rcu {
 }
 
 impl State {
-    fn dying(&mut self, table: TablePtr) -> &mut Dying {
+    fn dying(&mut self, table: Gone) -> &mut Dying {
         let found = self.dying.iter_mut().find(|dying| dying.table == table);
         found.expect("a table vanished before its grace period was complete")
     }
 
-    fn unneeded(&mut self) -> Vec<TablePtr> {
+    fn unneeded(&mut self) -> Vec<Gone> {
         let over = |dying: &mut Dying| dying.complete && dying.waits_for == 0;
         self.dying
             .extract_if(.., over)
