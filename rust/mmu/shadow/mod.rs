@@ -27,7 +27,34 @@
 //!   that have such bits are swapped, and pages freed after a grace period;
 //! - [`Shadow::try_unsync`] is called by the TDP MMU under the lock for read. What
 //!   it changes is guarded by the unsync lock then;
-//! - a vCPU reads the marks of its roots without a lock.
+//! - what is asked without a lock is listed below.
+//!
+//! # What is asked without a lock
+//!
+//! Each answer lets the one who asks skip something, so it must not come too early.
+//!
+//! - **Is a root unsync?** ([`Shadow::is_unsync`]) No: the guest's flush needs no
+//!   lock. The text of `unsync` says what makes that right.
+//! - **Is a root obsolete?** ([`Shadow::is_obsolete`]) No: the vCPU keeps it. Who
+//!   zaps a root or changes the generation asks all vCPUs to look again, under the
+//!   same hold of the lock, and waits until they are out of the guest. A vCPU that
+//!   looked too early looks again before it enters the guest. Faults ask under the
+//!   lock.
+//! - **Are there pages that shadow tables?** ([`Shadow::indirect_pages`]) No: a write
+//!   that was emulated needs no further look. The write comes first, then a full
+//!   barrier, then the question; where a table is shadowed, the count comes first,
+//!   then a full barrier, and the guest's entry is read again after that. So either
+//!   the count is seen, or what was written. When the count drops, the page has no
+//!   entries any more.
+//! - **What are the entries on the way to an address?** ([`Shadow::walk`],
+//!   [`Shadow::fast_fault`], [`Shadow::clear_flood`]) RCU keeps the pages. What is
+//!   read may be out of date: an MMIO entry carries the generation that it is right
+//!   for, the fast fault changes an entry by compare-exchange only, and only gives
+//!   back what `MMU-writable` or the saved bits of the entry itself say. Whoever
+//!   takes that away exchanges the entry, too, and flushes.
+//! - **How often was a table written to?** A wrong count makes a page go sooner or
+//!   later than it would have. Nothing else depends on it.
+//! - Numbers of pages for statistics and budgets, on which nothing depends.
 //!
 //! # How a page dies
 //!

@@ -96,7 +96,8 @@ impl Shadow {
     /// after a flush of the guest. Without a lock; the caller holds a reference.
     ///
     /// Also true while another vCPU brings pages up to date, of whatever root: the
-    /// marks go first. Whoever takes the lock then waits until it is done.
+    /// marks go first. Whoever takes the lock then waits until it is done. See
+    /// `unsync` for the whole of it.
     pub fn is_unsync(&self, root: PagePtr) -> bool {
         // What the guest wrote before it flushed went through a writable entry,
         // which was installed after the marks. And of a page that is being linked

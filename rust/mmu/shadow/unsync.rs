@@ -7,11 +7,41 @@
 //! below which there may be an unsync page. A bit too many costs a look; one too
 //! few would be a flush that does nothing.
 //!
-//! The walk takes a page's mark away as it hands the page out. So it never comes
-//! across the same one twice, and when it comes to its end nothing is left to walk
-//! for. Whoever asked must bring all it got up to date or zap it, whatever
+//! The walk for a sync takes a page's mark away as it hands the page out. So it never
+//! comes across the same one twice, and when it comes to its end nothing is left to
+//! walk for. Whoever asked must bring all it got up to date or zap it, whatever
 //! happens. A page for which there was no room keeps its mark. A page that is
 //! unsync is of the last level and has nothing below.
+//!
+//! # Asking without the lock
+//!
+//! A vCPU whose guest flushes asks for the marks of its root without the lock
+//! ([`Shadow::is_unsync`]), and goes on if there are none. Then all that its hardware
+//! can reach from the root must be as new as what the guest had written before it
+//! flushed. These orders see to that:
+//!
+//! 1. *A page becomes unsync*: the marks, then the page's own flag, then the writable
+//!    entry, with a release between. What the guest writes comes through that entry, so
+//!    whoever flushes after the write sees the marks, or what took them away. Several
+//!    may mark at a time, under the lock for read; the unsync lock is between them. Who
+//!    finds that the page is unsync already relies on the marks of the other.
+//! 2. *A sync* takes the marks away first, and says that it is under way before that
+//!    (`syncing`) and that it is done after its last page. The one who asks looks at
+//!    the marks first: if it sees that one is gone, it sees that a sync is under way,
+//!    or all that the sync did. Otherwise it takes the lock, and so waits for it.
+//!    Syncs do not nest, and each has the lock for write from the first mark to the
+//!    last page, so that a flag is enough. Where it yields, the flag is down, and what
+//!    is left to be done still has its marks, up to the root.
+//! 3. *A zap* takes a mark away when the pages below are unlinked, with a release:
+//!    who sees that it is gone finds no way to them. No flag is needed, so that a zap
+//!    may come about in the course of anything else.
+//! 4. *A link* to a page that is unsync and stays so: the marks, a full barrier, then
+//!    the page is brought up to date, then the link. The guest may write to the table
+//!    all the while, and flush: its write, a full barrier, the question. Either the
+//!    marks are seen, or the write is read. Pages above the last level are linked with
+//!    nothing unsync below: that was protected and brought up to date under the same
+//!    hold of the lock.
+//! 5. *A link that goes* leaves the marks behind, for the next sync to clear.
 
 use super::{
     host::{Counter, PageEvent, ShadowHost},
@@ -149,8 +179,8 @@ impl Shadow {
             });
         }
         // The marks before the writable entry: a vCPU whose guest has written
-        // through the entry, and flushes, must see them. It pairs with the fence in
-        // `is_unsync`.
+        // through the entry, and flushes, must see them, whatever the entry is
+        // installed with.
         fence(Ordering::Release);
         Ok(())
     }
