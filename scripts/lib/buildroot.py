@@ -17,7 +17,7 @@ import archive
 import cache
 import ui
 
-PROJECT = Path(__file__).resolve().parent.parent.parent
+PROJECT = ui.PROJECT
 PACKAGE_LIST = PROJECT / "scripts" / "root-packages"
 GIGABYTES = 5
 

@@ -31,7 +31,11 @@ def dir():
     """The cache directory; made if it is not there."""
     base = os.environ.get("XDG_CACHE_HOME") or ""
     # The specification says that a relative path is to be ignored.
-    base = Path(base) if base.startswith("/") else Path.home() / ".cache"
+    try:
+        base = Path(base) if base.startswith("/") else Path.home() / ".cache"
+    except RuntimeError as error:
+        raise ui.Error("this user has no home directory, and so rmmu has no place for its cache. "
+                       "Set XDG_CACHE_HOME to a directory that you can write.") from error
     path = base / "rmmu"
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -80,8 +84,13 @@ def keyed(name, *key_parts, build):
     if not complete.exists():
         os.close(fd)
         fd = _lock(family / f"{key}.lock", fcntl.LOCK_EX, f"{name} {key}")
-        if not complete.exists():
-            _build(fd, entry, complete, build)
+        try:
+            if not complete.exists():
+                _build(fd, entry, complete, build)
+        except BaseException:
+            # Another run, or this one with other parts, may go on.
+            os.close(fd)
+            raise
         fcntl.flock(fd, fcntl.LOCK_SH)
     _in_use[entry] = fd
     os.utime(complete)
@@ -187,7 +196,7 @@ def remove_tree(path):
                            f"Unmount it (umount {target}), then retry.")
     done = subprocess.run(["rm", "-rf", "--one-file-system", str(path)], check=False)
     if done.returncode != 0:
-        raise ui.Error(f"cannot delete {path}: see above")
+        raise ui.Error(f"cannot delete {path}: see above. If it is another user's, run the command as that user.")
 
 
 def require_space(gigabytes, why):

@@ -12,6 +12,8 @@ import stat
 import subprocess
 from pathlib import Path, PurePosixPath
 
+import ui
+
 
 class Archive:
     """A cpio archive in the making. Parents of what is added come by themselves."""
@@ -113,7 +115,7 @@ class ModuleTree:
             if name in self.builtin:
                 continue
             if name not in self.names:
-                raise KeyError(f"kernel {release} has no module {name}")
+                raise ui.Error(f"the kernel {release} has no module {name}, which the test VM loads.")
             path = self.names[name]
             for item in [path, *self.depends[path]]:
                 wanted[item] = self.depends[item]

@@ -16,6 +16,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import ui
+
 
 @dataclass
 class Options:
@@ -68,16 +70,12 @@ CMDLINE = (
 )
 
 
-class NotInstalled(Exception):
-    pass
-
-
 def binary(root, program=None):
     """The command that runs the build root's QEMU, or another one built for that root, from outside the root."""
     root = Path(root)
     qemu = program or root / "usr/bin/qemu-system-x86_64"
     if not qemu.exists():
-        raise NotInstalled(f"{qemu} is missing: run scripts/setup")
+        raise ui.Error(f"{qemu} is missing: run scripts/setup")
     if root == Path("/") and not program:
         return [str(qemu)]
     loader = root / "lib64/ld-linux-x86-64.so.2"

@@ -11,6 +11,7 @@ What a step's commands print goes to a log file. Its end is shown only when a co
 """
 
 import contextlib
+import errno
 import os
 import re
 import shlex
@@ -19,6 +20,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent.parent
 
 HEARTBEAT_SECONDS = 30
 TAIL_LINES = 30
@@ -164,6 +167,35 @@ def step(title, log=None):
     current.finish()
 
 
+def explain(error):
+    """What an error of the system or of a command means, and what to do; None for an error of rmmu's scripts."""
+    if isinstance(error, subprocess.CalledProcessError):
+        return f"'{brief(_words(error.cmd))}' failed (exit {error.returncode}); what it said is above."
+    if isinstance(error, subprocess.TimeoutExpired):
+        return f"'{brief(_words(error.cmd))}' did not end within {error.timeout:.0f} s."
+    if not isinstance(error, OSError):
+        return None
+    name, reason = error.filename, error.strerror or str(error) or type(error).__name__
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (f"{name or 'a file'}: {reason}. Make room ('make clean' deletes out/, 'make clean-cache' all that rmmu "
+                "keeps in its cache), or set XDG_CACHE_HOME to a directory on a larger disk.")
+    if error.errno == errno.ENOENT and name and os.sep not in str(name):
+        return f"the program {name} is missing, or not in PATH ({os.environ.get('PATH', '')}). Install it and retry."
+    if not name:
+        return f"{reason}."
+    if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{name}: {reason}."
+    if Path(os.path.abspath(name)).is_relative_to(PROJECT):
+        return (f"{name}: {reason}. rmmu writes to its own directory, {PROJECT}: let it be writable for the user who "
+                "runs the command, or clone it to another place.")
+    return (f"{name}: {reason}. Use another user, or set XDG_CACHE_HOME and TMPDIR to directories that you can write; "
+            "the cache is $XDG_CACHE_HOME/rmmu, or ~/.cache/rmmu.")
+
+
+def _words(command):
+    return [command] if isinstance(command, (str, Path)) else command
+
+
 def main(function):
     """Runs a command's main function; errors become one message and exit status 1."""
     def terminated(signum, _frame):
@@ -171,10 +203,21 @@ def main(function):
     signal.signal(signal.SIGTERM, terminated)
     signal.signal(signal.SIGHUP, terminated)
     try:
-        sys.exit(function() or 0)
+        code = function() or 0
+        sys.stdout.flush()
+        sys.exit(code)
     except Error as error:
-        print(f"\nrmmu: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        message = str(error)
     except KeyboardInterrupt:
         print("\nrmmu: interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read our output has gone, e.g. head. Python would say so again when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            raise
+    print(f"\nrmmu: {message}", file=sys.stderr, flush=True)
+    sys.exit(1)
