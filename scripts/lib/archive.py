@@ -103,6 +103,8 @@ class _Apt:
             # A host may have the checks of dates off altogether: the root's are off only if they must be.
             "-o", "Acquire::Check-Date=true",
             "-o", f"Acquire::Check-Valid-Until={'true' if self.valid_until else 'false'}",
+            # On the day of a release the suite is stable instead of testing, with another version.
+            "-o", "Acquire::AllowReleaseInfoChange::Suite=true", "-o", "Acquire::AllowReleaseInfoChange::Version=true",
             "-o", "APT::Sandbox::User=root",
         ]
 
@@ -220,6 +222,10 @@ def _update(apt):
         hint = ""
         if "NO_PUBKEY" in text:
             hint = f"The host's {KEYRING} is too old for {SUITE}: upgrade the package debian-archive-keyring.\n"
+        elif "not valid yet" in text:
+            hint = "The Release file is from the future: set the host's clock.\n"
+        elif "does not have a Release file" in text:
+            hint = (f"The mirror {apt.mirror} does not have {SUITE} (any more): set RMMU_MIRROR to one that has.\n")
         raise ui.Error(f"apt cannot fetch the lists of Debian {SUITE}.\n{hint}{text}\n(whole log: {log})")
 
 
@@ -271,7 +277,10 @@ def ask(names):
     missing = [name for name in names if name not in found]
     if missing:
         raise ui.Error(f"Debian {SUITE} at {apt.mirror} has no package {', '.join(missing)}. "
-                       "The mirror may be incomplete: set RMMU_MIRROR to another one and run 'make refresh'.")
+                       "The mirror may be incomplete: set RMMU_MIRROR to another one and run 'make refresh'. If Debian has "
+                       "renamed it, get a version of rmmu whose scripts/root-packages has the new name.")
+    # A kernel cannot be built for without the compiler that its headers ask for.
+    kernels = [kernel for kernel in kernels if kernel.compiler in found]
     return Offer(apt.mirror, apt.valid_until, {name: fields["Version"] for name, fields in found.items()}, kernels)
 
 
@@ -279,10 +288,23 @@ def _offer_path():
     return cache.dir() / "offer.json"
 
 
+def _complete_path():
+    return cache.dir() / "complete.json"
+
+
 def load(names, max_age_days=None):
     """The offer that was kept, or None if there is none, it is too old or it does not answer for these packages."""
+    return _load(_offer_path(), names, max_age_days)
+
+
+def load_complete(names):
+    """The same of the offer that the last complete set-up was made from, of any age and mirror."""
+    return _load(_complete_path(), names, None, any_mirror=True)
+
+
+def _load(path, names, max_age_days, any_mirror=False):
     try:
-        kept = json.loads(_offer_path().read_text())
+        kept = json.loads(path.read_text())
         offer = Offer(kept["mirror"], kept["valid_until"], kept["versions"],
                       [KernelOffer(**kernel) for kernel in kept["kernels"]])
         age_days = (time.time() - kept["time"]) / 86400
@@ -290,19 +312,31 @@ def load(names, max_age_days=None):
         return None
     if max_age_days is not None and not -1 <= age_days <= max_age_days:
         return None
-    override = os.environ.get("RMMU_MIRROR")
-    if (override and override != offer.mirror) or any(name not in offer.versions for name in names):
+    override = None if any_mirror else os.environ.get("RMMU_MIRROR")
+    kernel = newest_supported(offer)
+    needed = {*names, *([kernel.compiler] if kernel else [])}
+    if (override and override != offer.mirror) or not needed <= offer.versions.keys():
         return None
     return offer
 
 
 def save(offer, hours=OFFER_DAYS * 24):
     """Keeps an offer; apt is asked again after that time."""
-    asked = time.time() - (OFFER_DAYS * 24 - hours) * 3600
+    _save(_offer_path(), offer, time.time() - (OFFER_DAYS * 24 - hours) * 3600)
+
+
+def save_complete(offer):
+    """Keeps the offer that a complete set-up was made from."""
+    kept = _load(_complete_path(), (), None, any_mirror=True)
+    if kept != offer:
+        _save(_complete_path(), offer, time.time())
+
+
+def _save(path, offer, asked):
     text = json.dumps({"time": asked, **asdict(offer)}, indent=1)
-    partial = _offer_path().with_suffix(f".{os.getpid()}.partial")
+    partial = path.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(text + "\n")
-    os.replace(partial, _offer_path())
+    os.replace(partial, path)
 
 
 def discard():
@@ -321,7 +355,9 @@ def download_source(offer, package, version, directory, step):
     directory.mkdir()
     if step.run(["apt-get", *apt.options(), "update"], check=False) != 0:
         step.note("apt-get update failed; trying again")
-        step.run(["apt-get", *apt.options(), "update"])
+        if step.run(["apt-get", *apt.options(), "update"], check=False) != 0:
+            # One suite may have gone, and the others have what is wanted.
+            step.note("it failed again; going on with the lists that there are")
     listed = apt.query("apt-cache", "showsrc", "--only-source", package)
     versions = []
     for found in re.findall(r"^Version: *(\S+)$", listed, re.M):
@@ -336,8 +372,8 @@ def download_source(offer, package, version, directory, step):
             return candidate
         for left in directory.iterdir():
             left.unlink()
-    raise ui.Error(f"the archive has none of the source packages of {package} that it lists "
-                   f"({', '.join([version, *versions])}). The mirror may be incomplete: set RMMU_MIRROR to another one "
+    raise ui.Error(f"the archive has no source package of {package} to fetch; asked for "
+                   f"{', '.join([version, *versions])}. The mirror may be incomplete: set RMMU_MIRROR to another one "
                    f"and retry. (log: {step.log})")
 
 

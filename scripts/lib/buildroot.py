@@ -40,8 +40,13 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PASSED = re.compile(r"(?i)(https?|ftp|all|no)_proxy$|(TERM|CI|NO_COLOR|RUST_BACKTRACE|RMMU_\w+|PROPTEST_\w+|LOOM_\w+|"
                     r"CARGO_(HTTP|NET|REGISTR)\w+)$")
 
-# The answer of apt that this process works with.
+# The answer of apt that this process works with, and whether it has asked for it itself.
 _offer = None
+_asked = False
+
+# What can go wrong with a set-up and leaves an earlier one usable.
+FAILURES = (ui.Error, OSError, subprocess.SubprocessError)
+FALLBACK_HOURS = 24
 
 ENTER = Path(__file__).resolve().parent / "enter-root.sh"
 
@@ -131,33 +136,76 @@ def package_names():
 
 def offer(refresh=False):
     """What apt offers us; from the cache while that is recent, so that a warm run needs no network."""
-    global _offer
+    global _offer, _asked
     if _offer is None or refresh:
         names = package_names()
         _offer = None if refresh else archive.load(names, archive.OFFER_DAYS)
         if _offer is None:
             with cache.locked(cache.dir() / "offer.lock", "a list of packages"):
                 # Whoever had the lock before us may have asked already.
-                _offer = (None if refresh else archive.load(names, archive.OFFER_DAYS)) or _ask(names)
+                _offer = None if refresh else archive.load(names, archive.OFFER_DAYS)
+                if _offer is None:
+                    _offer, _asked = _ask(names), True
     return _offer
 
 
 def _ask(names):
-    old = archive.load(names)
-    usable = old is not None and _is_ready(old)
+    old = next((kept for kept in (archive.load(names), archive.load_complete(names)) if kept and _is_ready(kept)), None)
     try:
         new = archive.ask(names)
-        if usable and archive.newest_supported(new) is None:
+        if old and archive.newest_supported(new) is None:
             archive.choose_kernel(new)
-    except ui.Error as error:
+    except FAILURES as error:
         # What is complete here still works when the mirror is away, or when the suite has moved past us.
-        if not usable:
+        if not old:
             raise
-        ui.note(f"using the build root and kernel of an earlier set-up, because: {str(error).splitlines()[0]}")
+        ui.note(f"using the build root and kernel of an earlier set-up, because: {first_line(error)}")
         archive.save(old, hours=1)
         return old
     archive.save(new)
     return new
+
+
+def with_fallback(make, is_complete):
+    """What `make()` makes of apt's offer. If it fails: of what apt offers now, and then of the last complete set-up.
+
+    `is_complete(offer)` tells whether all that `make()` needs is there.
+    """
+    global _offer, _asked
+    try:
+        return make()
+    except FAILURES as error:
+        failure = error
+    if _offer is None:
+        raise failure
+    names = package_names()
+    if not _asked and os.access(cache.dir(), os.W_OK):
+        # An offer can be days old, and the archive have moved on. What is gone from there cannot be fetched.
+        before = _offer
+        ui.note(f"that failed with what apt offered earlier: {first_line(failure)}")
+        try:
+            with cache.locked(cache.dir() / "offer.lock", "a list of packages"):
+                _offer, _asked = archive.ask(names), True
+                archive.save(_offer)
+            if _offer != before:
+                return make()
+        except FAILURES as error:
+            failure = error
+    earlier = archive.load_complete(names)
+    if earlier is None or earlier == _offer or not is_complete(earlier):
+        raise failure
+    kernel = archive.newest_supported(earlier)
+    ui.note(f"the new set-up failed: {first_line(failure)}")
+    ui.note(f"the earlier one stays in use, with Linux {kernel.version if kernel else '(none)'}; it is tried again in "
+            f"{FALLBACK_HOURS} hours, or by 'make refresh'. Logs: {cache.log_path('*')}")
+    _offer = earlier
+    archive.save(earlier, hours=FALLBACK_HOURS)
+    return make()
+
+
+def first_line(error):
+    """What one of FAILURES says, in short."""
+    return (str(error) if isinstance(error, ui.Error) else ui.explain(error)).splitlines()[0]
 
 
 def _compiler_and_packages(an_offer):
@@ -171,6 +219,16 @@ def _key_parts(an_offer):
     return archive.SUITE, packages, MMDEBSTRAP_OPTIONS
 
 
+def key_of(an_offer):
+    """The key of the root that an offer makes, or None if that root is not there."""
+    if archive.host_is_suite():
+        packages = _compiler_and_packages(an_offer)
+        have = installed("/", packages)
+        return _host_key(have) if have.keys() >= set(packages) else None
+    parts = _key_parts(an_offer)
+    return cache.hash_key(*parts) if cache.is_complete("root", *parts) else None
+
+
 def _is_ready(an_offer):
     """Whether a set-up from this offer is there and has a supported kernel."""
     if archive.newest_supported(an_offer) is None:
@@ -178,12 +236,17 @@ def _is_ready(an_offer):
     return archive.host_is_suite() or cache.is_complete("root", *_key_parts(an_offer))
 
 
-def ensure(refresh=False, any_kernel=False):
+def ensure(any_kernel=False):
     """The build root, made if need be; unless `any_kernel`, only if a supported stock kernel is to be had."""
+    return with_fallback(lambda: make(any_kernel), key_of)
+
+
+def make(any_kernel=False):
+    """The same, without falling back to an earlier one."""
     if os.geteuid() != 0 and not archive.host_is_suite():
         raise ui.Error("building and testing happen in a Debian root that is entered with mount and chroot, which only "
                        "root can do here. Run the command as root (for example with sudo).")
-    found = offer(refresh)
+    found = offer()
     if not any_kernel:
         archive.choose_kernel(found)
     if archive.host_is_suite():
@@ -191,7 +254,8 @@ def ensure(refresh=False, any_kernel=False):
     parts = _key_parts(found)
     if not cache.is_complete("root", *parts):
         cache.require_space(GIGABYTES, "the set-up")
-    path = cache.keyed("root", *parts, build=lambda directory: _make_root(directory, found, parts[1]))
+    path = cache.keyed("root", *parts, keep_others=True,
+                       build=lambda directory: _make_root(directory, found, parts[1]))
     return Root(path / "rootfs", cache.hash_key(*parts))
 
 
@@ -210,7 +274,11 @@ def _host_root(packages):
     if missing:
         install_on_host(missing)
         have = installed("/", packages)
-    return Root("/", cache.hash_key("host", archive.SUITE, have))
+    return Root("/", _host_key(have))
+
+
+def _host_key(have):
+    return cache.hash_key("host", archive.SUITE, have)
 
 
 def install_on_host(packages):

@@ -7,7 +7,8 @@ An entry is a directory NAME/KEY, where KEY is a hash of all that went into it. 
 2. The builder starts from an empty directory and writes the mark KEY.complete last. A directory without its mark
    is never used: an interrupted build is deleted by the next one.
 3. The builder's children inherit the lock, so a build that lost its parent cannot write into its successor's entry.
-4. Once a new key of a name is complete, the other keys of that name are deleted, unless someone holds their lock.
+4. Once a new key of a name is complete, the other keys of that name are deleted, unless someone holds their lock. Build
+   root and kernel are one set-up: of these the others are deleted when both are complete.
 
 An entry never moves, because what is built in it may contain its own path.
 """
@@ -23,6 +24,9 @@ import subprocess
 from pathlib import Path
 
 import ui
+
+# A file of an entry that tells which other entries of its name can take its place: those with the same text in it.
+KIND = "kind"
 
 _in_use = {}
 
@@ -66,11 +70,11 @@ def file_key(*paths):
     return digest.hexdigest()[:16]
 
 
-def keyed(name, *key_parts, build):
+def keyed(name, *key_parts, build, keep_others=False):
     """The directory of the entry `name` made from `key_parts`; `build(directory)` fills it if it is not there.
 
-    The entry stays reserved until this process ends. Only one key of a name is kept: what differs in kind needs a
-    name of its own.
+    The entry stays reserved until this process ends. Only one key of a name is kept, unless the caller wants the others
+    kept: what differs in kind needs a name of its own.
     """
     key = hash_key(*key_parts)
     family = dir() / name
@@ -86,7 +90,7 @@ def keyed(name, *key_parts, build):
         fd = _lock(family / f"{key}.lock", fcntl.LOCK_EX, f"{name} {key}")
         try:
             if not complete.exists():
-                _build(fd, entry, complete, build)
+                _build(fd, entry, complete, build, keep_others)
         except BaseException:
             # Another run, or this one with other parts, may go on.
             os.close(fd)
@@ -95,6 +99,18 @@ def keyed(name, *key_parts, build):
     _in_use[entry] = fd
     os.utime(complete)
     return entry
+
+
+def earlier(name, kind):
+    """A complete entry of that kind, for when a new one cannot be made, or None. It stays reserved, too."""
+    for complete in (dir() / name).glob("*.complete"):
+        entry = complete.with_suffix("")
+        fd = _lock(entry.with_suffix(".lock"), fcntl.LOCK_SH, f"{name} {entry.name}")
+        if complete.exists() and (entry / KIND).exists() and (entry / KIND).read_text() == kind:
+            _in_use[entry] = fd
+            return entry
+        os.close(fd)
+    return None
 
 
 def keep_on_exec():
@@ -113,7 +129,7 @@ def is_complete(name, *key_parts):
     return (dir() / name / f"{hash_key(*key_parts)}.complete").exists()
 
 
-def _build(fd, entry, complete, build):
+def _build(fd, entry, complete, build, keep_others):
     remove_tree(entry)
     entry.mkdir()
     ui.KEEP_FDS.add(fd)
@@ -126,7 +142,8 @@ def _build(fd, entry, complete, build):
     partial = complete.with_suffix(".partial")
     partial.write_text("complete\n")
     os.replace(partial, complete)
-    prune(entry.parent, keep=entry.name)
+    if not keep_others:
+        prune(entry.parent, keep=entry.name)
 
 
 def _lock(path, mode, what):

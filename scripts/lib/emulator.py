@@ -84,8 +84,20 @@ def ensure(root):
     """The mended QEMU, made if need be; it runs with the libraries and the firmware of the build root."""
     version = buildroot.offer().versions[BINARY_PACKAGE]
     recipe = [[fault.file, fault.old, fault.new, fault.count] for fault in FAULTS]
-    directory = cache.keyed("qemu", version, recipe, CONFIGURE, root.is_host,
-                            build=lambda entry: _build(entry, version))
+    kind = cache.hash_key(recipe, CONFIGURE, root.is_host)
+
+    def build(entry):
+        _build(entry, version)
+        (entry / cache.KIND).write_text(kind)
+
+    try:
+        directory = cache.keyed("qemu", version, recipe, CONFIGURE, root.is_host, build=build)
+    except buildroot.FAILURES as error:
+        # Another version with the same edits does as well; the archive may have moved to one that they do not fit.
+        directory = cache.earlier("qemu", kind)
+        if not directory:
+            raise
+        ui.note(f"QEMU {version} cannot be built, and an earlier one stays in use: {buildroot.first_line(error)}")
     return directory / NAME
 
 

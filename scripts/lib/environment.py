@@ -43,6 +43,5 @@ class Environment:
 
 def ensure(which="stock"):
     """The environment with one of KERNELS in the test VM, made if need be."""
-    root = buildroot.ensure()
-    stock = kernel.ensure(root)
+    root, stock = kernel.set_up()
     return Environment(root, stock, debugkernel.ensure(root) if which == "debug" else stock)

@@ -3,8 +3,8 @@
 
 The stock kernel's packages are unpacked into the cache, not installed: no boot loader and no initrd is touched, on no
 host. Debian's headers lack what Rust modules need, so the kernel's source is prepared with the stock configuration
-and the compilers that built the stock kernel. What comes out is compared with the stock kernel: the configuration
-line by line, and the names of the Rust symbols it exports, which contain a hash of compiler and crate.
+and the compilers that built the stock kernel. What comes out is compared with the stock kernel: each option that
+changes code, and the names of the Rust symbols it exports, which contain a hash of compiler and crate.
 """
 
 import contextlib
@@ -21,6 +21,10 @@ import ui
 
 OUT = buildroot.PROJECT / "out"
 MODULE = "kvm_rmmu.ko"
+
+# What helps when Debian's kernel and its compilers do not fit each other.
+WAIT = ("They fit again when Debian has built a newer kernel: 'make refresh' asks for one. Meanwhile 'make KDIR=TREE' builds "
+        "for a tree of your own.")
 
 LIB = Path(__file__).resolve().parent
 UNPACK_SOURCE = LIB / "unpack-source.sh"
@@ -81,18 +85,46 @@ def toolchain_of(config):
     return [f"CC={compiler_of(config)}"]
 
 
-def _stock_key_parts(root, chosen):
-    return root.key, chosen.packages, cache.file_key(UNPACK_SOURCE, PREPARE_TREE)
+def _stock_key_parts(root_key, chosen):
+    return root_key, chosen.packages, cache.file_key(UNPACK_SOURCE, PREPARE_TREE)
 
 
-def ensure(root):
-    """Debian's stock kernel with a prepared build tree, made if need be."""
+def set_up(refresh=False):
+    """The build root and Debian's stock kernel with a prepared build tree, made if need be.
+
+    Where the archive's newest make no set-up, whatever the reason, those of the last complete set-up stay in use.
+    """
+    buildroot.offer(refresh)
+    root, stock, is_new = buildroot.with_fallback(_set_up, _is_complete)
+    archive.save_complete(buildroot.offer())
+    if is_new:
+        # Kept until now for the fallback.
+        for family in ("root", "kernel"):
+            cache.prune_unused(family)
+    return root, stock
+
+
+def _set_up():
+    is_new = not _is_complete(buildroot.offer())
+    root = buildroot.make()
+    return root, _ensure(root), is_new
+
+
+def _is_complete(offer):
+    """Whether the kernel of an offer is there, for the build root of that offer."""
+    chosen = archive.newest_supported(offer)
+    key = buildroot.key_of(offer)
+    return bool(chosen and key and cache.is_complete("kernel", *_stock_key_parts(key, chosen)))
+
+
+def _ensure(root):
     found = buildroot.offer()
     chosen = archive.choose_kernel(found)
-    parts = _stock_key_parts(root, chosen)
+    parts = _stock_key_parts(root.key, chosen)
     if not cache.is_complete("kernel", *parts):
         cache.require_space(buildroot.GIGABYTES / 2, "the kernel's build tree")
-    entry = cache.keyed("kernel", *parts, build=lambda directory: _make(directory, root, found, chosen))
+    entry = cache.keyed("kernel", *parts, keep_others=True,
+                        build=lambda directory: _make(directory, root, found, chosen))
     tree = entry / "tree"
     modules = entry / "image" / "usr" / "lib" / "modules" / chosen.release
     return Kernel(chosen.release, chosen.series, tree, toolchain_of(read_config(tree / ".config")),
@@ -113,41 +145,82 @@ def _make(entry, root, found, chosen):
             if not deb.name.startswith("linux-source-"):
                 root.run(["dpkg-deb", "--extract", deb, image], log=step)
         root.run(["depmod", "-b", image, release], log=step)
-        if not (image / "usr/lib/modules" / release / "vmlinuz").exists():
-            raise ui.Error(f"the packages of {release} hold no vmlinuz where this version of rmmu looks for it.")
+        headers = image / "usr" / "src" / f"linux-headers-{release}"
+        for path in (image / "usr/lib/modules" / release / "vmlinuz", headers / ".config", headers / "Module.symvers"):
+            if not path.exists():
+                raise ui.Error(f"the packages of {release} hold no {path.name} where this version of rmmu looks for it "
+                               f"({path.relative_to(image)}).")
     with ui.step("kernel: unpacking the source", log=cache.log_path("kernel-source")) as step:
-        source, = debs.glob("linux-source-*.deb")
+        source = next(debs.glob("linux-source-*.deb"))
         root.run([UNPACK_SOURCE, source, tree], log=step)
     shutil.rmtree(debs)
     with ui.step("kernel: preparing the build tree (1 to 2 minutes)", log=cache.log_path("kernel-prepare")) as step:
-        headers = image / "usr" / "src" / f"linux-headers-{release}"
         stock = headers / ".config"
         shutil.copy(stock, tree / ".config")
         shutil.copy(headers / "Module.symvers", tree / "Module.symvers")
         cc = compiler_of(read_config(stock))
         root.run([PREPARE_TREE, tree, release, ui.jobs(), cc], log=step)
-        _compare_with_stock(tree, stock)
+        _compare_with_stock(tree, stock, step)
 
 
-def _compare_with_stock(tree, stock):
-    """Refuses a tree whose modules would not fit the stock kernel."""
+# What a configuration notes of the tools that it was made with: their versions, and what they can do. None of it is
+# chosen, and what follows from it for the code is in options of its own.
+_TOOLS = "(CC|GCC|CLANG|AS|LD|LLD|RUSTC|RUSTC_LLVM|BINDGEN|PAHOLE|TOOLS)"
+_ABOUT_TOOLS = re.compile(rf"CONFIG_{_TOOLS}_((MAJOR_)?VERSION(_TEXT)?|(HAS|CAN|NO|SUPPORTS?)_\w+|\w+_BROKEN)")
+# The stock kernel's own mark, which its package sets and a tree need not have.
+_OF_THE_PACKAGE = ("CONFIG_BUILD_SALT",)
+# Versions are one number in a configuration: of 160200 the first two digits are the major version.
+_PER_MAJOR_VERSION = {"CONFIG_GCC_VERSION": 10000, "CONFIG_CLANG_VERSION": 10000}
+
+
+def differences(want, have):
+    """Where two configurations differ: options that change code, and notes about tools."""
+    code, tools = [], []
+    for name in sorted(want.keys() | have.keys()):
+        values = want.get(name, "n"), have.get(name, "n")
+        if values[0] == values[1] or name in _OF_THE_PACKAGE:
+            continue
+        about_tools = _ABOUT_TOOLS.fullmatch(name) and not _other_major_version(name, *values)
+        (tools if about_tools else code).append((name, *values))
+    return code, tools
+
+
+def _other_major_version(name, *values):
+    unit = _PER_MAJOR_VERSION.get(name)
+    return unit and len({int(value) // unit if value.isdigit() else value for value in values}) > 1
+
+
+def _compare_with_stock(tree, stock, step):
+    """Refuses a tree whose modules would not fit the stock kernel.
+
+    Tools may have moved since the kernel was built. What decides is what they make: the configuration, but for what it
+    notes of the tools, the C compiler's family and major version, and the names of the Rust crates' symbols, which
+    contain a hash of rustc's very version.
+    """
     want, have = read_config(stock), read_config(tree / ".config")
-    changed = [f"{name}: stock {want.get(name, 'absent')}, tree {have.get(name, 'absent')}"
-               for name in sorted(want.keys() | have.keys())
-               if want.get(name, "n") != have.get(name, "n") and name not in ("CONFIG_BUILD_SALT",)]
-    if changed:
-        raise ui.Error("the build tree's configuration differs from the stock kernel's, most likely because the build "
-                       "root has other compilers than the kernel was built with. Run 'make refresh' to bring both up "
-                       "to date.\n  " + "\n  ".join(changed[:20]))
+    code, tools = differences(want, have)
+    if code:
+        shown = [f"{name}: stock {old}, tree {new}" for name, old, new in code[:20]]
+        raise ui.Error("the build tree's configuration differs from the stock kernel's in what changes code, so modules "
+                       f"would not fit. {WAIT}\n  " + "\n  ".join(shown))
     exported = set()
     for path in (tree / "rust").glob("exports_*_generated.h"):
         exported |= set(re.findall(r"^EXPORT_SYMBOL_RUST_GPL\((\w+)\);", path.read_text(), re.M))
     known = {text.split("\t")[1] for text in (tree / "Module.symvers").read_text().splitlines() if "\t" in text}
     strange = sorted(exported - known)
-    if not exported or strange:
+    if not exported:
+        raise ui.Error("the prepared build tree exports no Rust symbols where this version of rmmu looks for them "
+                       f"({tree}/rust/exports_*_generated.h).")
+    if strange:
+        rustc = [config.get("CONFIG_RUSTC_VERSION_TEXT", "an unknown rustc").strip('"') for config in (want, have)]
         raise ui.Error(f"{len(strange)} of {len(exported)} Rust symbols of the build tree are not the stock kernel's "
-                       f"(the first: {strange[0] if strange else 'none found'}): the build root's rustc is not the one "
-                       "that built the kernel. Run 'make refresh' to bring both up to date.")
+                       f"(the first: {strange[0]}): the kernel was built by {rustc[0]}, and Debian {archive.SUITE} has "
+                       f"{rustc[1]}. {WAIT}")
+    if tools:
+        shown = ", ".join(f"{name.removeprefix('CONFIG_')} {old} -> {new}" for name, old, new in tools[:4])
+        more = f" and {len(tools) - 4} more" if len(tools) > 4 else ""
+        step.note("tools have moved since the stock kernel was built; modules fit all the same, as configuration and Rust "
+                  f"symbols show ({shown}{more})")
 
 
 def from_tree(kdir):
@@ -181,20 +254,21 @@ def from_tree(kdir):
     return Kernel(release, series, tree, toolchain_of(config), cache.hash_key(str(tree), release_path.stat().st_mtime))
 
 
-def select(root, kver=None, kdir=None):
-    """The kernel that KVER= and KDIR= name; the stock kernel without them."""
+def select(kver=None, kdir=None):
+    """A build root, and the kernel that KVER= and KDIR= name; the stock kernel without them."""
     if kdir:
         chosen = from_tree(kdir)
         if kver and kver != chosen.release:
             raise ui.Error(f"KDIR={kdir} is a tree of {chosen.release}, not of KVER={kver}. Give one of them only.")
+        root = buildroot.ensure(any_kernel=True)
         _require_same_rustc(root, chosen)
-        return chosen
+        return root, chosen
     if not kver:
-        return ensure(root)
+        return set_up()
     if any(kver == kernel.release for kernel in buildroot.offer().kernels):
-        stock = ensure(root)
+        root, stock = set_up()
         if stock.release == kver:
-            return stock
+            return root, stock
     series = archive.series_of(kver)
     if series not in archive.supported_series():
         raise ui.Error(f"KVER={kver} is not a kernel that rmmu supports. Supported series: "
@@ -203,7 +277,7 @@ def select(root, kver=None, kdir=None):
     if not build.exists():
         raise ui.Error(f"KVER={kver}: {build} does not exist, and Debian {archive.SUITE} does not offer that kernel. "
                        "Give its prepared source tree with KDIR=.")
-    return select(root, kver, build)
+    return select(kver, build)
 
 
 def _require_same_rustc(root, kernel):
