@@ -3,7 +3,8 @@
 
 A test fails when its exit code or its TAP says so, when its time is up, when the kernel
 warned while it ran, and, with rmmu loaded, when it left a VM or a page-table page behind.
-A VM that died or hung fails the test that ran and is booted again for the next one.
+A VM that died or hung fails the test that ran and is booted again for the next one. If it died of
+a known fault of the emulator, and of nothing else, the test runs again once, in a new boot.
 
 Besides what a test can say itself (PASS, FAIL, SKIP, TIMEOUT) there are CRASH (the VM died or
 hung), KERNEL (it warned) and LEAK (something was left behind), which are never expected.
@@ -18,6 +19,7 @@ import kmemleak
 import kmsg
 import tap
 import testvm
+import ui
 
 STATS = "/sys/kernel/debug/rmmu/stats"
 # Page-table pages are freed after an RCU grace period.
@@ -56,6 +58,8 @@ class Runner:
         self.leaks = []
         # What rmmu's audits looked at in all tests.
         self.audited = {"audits": 0, "audited_entries": 0, "audit_findings": 0}
+        # Faults of the emulator: (test, where).
+        self.emulator_faults = []
         self._logs.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self):
@@ -77,14 +81,32 @@ class Runner:
         return self._boots
 
     def run(self, test):
-        """One test, to its outcome."""
+        """One test, to its outcome; twice if the emulator was at fault. It is believed once a test."""
+        outcome, where = self._attempt(test)
+        if not where:
+            return outcome
+        believed = test.name not in (name for name, _ in self.emulator_faults)
+        self.emulator_faults.append((test.name, where))
+        what = f"a fault of the emulator: an INT3 at {where} that the kernel has taken away"
+        if not believed:
+            outcome.why += f" ({what}, for a second time)"
+            return outcome
+        kept = outcome.log.with_suffix(".emulator.log")
+        outcome.log.replace(kept)
+        ui.line(f"  again   {test.name}: {what}; log: {kept}")
+        return self.run(test)
+
+    def _attempt(self, test):
+        """One run of a test: its outcome, and where the emulator was at fault, if it was."""
         if "alone" in test.tags:
             self._end_vm()
         started = time.monotonic()
+        where = None
         try:
             outcome = self._run(test)
         except testvm.Crashed as crash:
             self._drop_vm()
+            where = kmsg.emulator_fault(crash.console)
             outcome = Outcome(test, "CRASH", crash.reason, time.monotonic() - started,
                               output=f"{crash.output}\n{testvm.describe_crash(crash)}")
         if "alone" in test.tags:
@@ -92,7 +114,7 @@ class Runner:
         outcome.log = self._logs / (re.sub(r"[^\w.=-]+", "_", test.name) + ".log")
         outcome.log.write_text(f"$ {test.command}\n{outcome.output}\n"
                                f"# {outcome.result} {outcome.why} ({outcome.seconds:.1f} s)\n")
-        return outcome
+        return outcome, where
 
     def command(self, command, limit=60):
         """A command that is no test, in the VM of the tests; its result."""

@@ -52,6 +52,36 @@ def problems(text, allow_rmmu_errors=False, allow_no_memory=False):
     return found
 
 
+# A trap on an instruction for debuggers, in the kernel. What it prints after that until it stops the machine.
+_INT3 = re.compile(r"Oops: int3: 0000 \[#1\]")
+_AFTER_INT3 = re.compile(r"Call Trace:|Kernel panic - not syncing: Fatal exception( in interrupt)?$")
+_RIP = re.compile(r"\bRIP: 0010:(\w[\w.]*\+0x[0-9a-f]+/0x[0-9a-f]+)\b(?! \[)")
+_CODE = re.compile(r"\bCode: ((?:[0-9a-f]{2} )+)<([0-9a-f]{2})>((?: [0-9a-f]{2})*)")
+# What the kernel writes over other instructions while they may be executed: NOPs of five and two bytes, jumps, calls.
+_POKED = (("0f", "1f", "44", "00", "00"), ("66", "90"), ("e9",), ("eb",), ("e8",))
+_STACK_OF_RMMU = re.compile(r"\[kvm_rmmu\b")
+
+
+def emulator_fault(text):
+    """Where the emulator lost its race with the kernel's poking of its own text, if that is all the log reports; or None.
+
+    The kernel changes an instruction that others may be executing by way of an INT3, and knows where that is. The emulator
+    can run what it translated from the INT3 when the kernel is done, and has forgotten it. The signature is exact: the first
+    and only report is of an INT3 in the kernel proper; the dumped code shows that none is there, but one of the instructions
+    that the kernel writes that way; and no function of rmmu is on a stack.
+    """
+    reports = problems(text)
+    if not reports or not _INT3.search(reports[0]) or not all(_AFTER_INT3.search(line) for line in reports[1:]):
+        return None
+    oops = text[text.index(reports[0]):]
+    rip, code = _RIP.search(oops), _CODE.search(oops)
+    if not rip or not code or _STACK_OF_RMMU.search(oops):
+        return None
+    # The trap leaves the CPU behind the one byte of the INT3: the instruction that is there now begins before the mark.
+    now = (code[1].split()[-1], code[2], *code[3].split())
+    return rip[1] if any(now[:len(poked)] == poked for poked in _POKED) else None
+
+
 def excerpt(text, lines=60):
     """A log from its first problem on; its end when there is none."""
     every = text.splitlines()

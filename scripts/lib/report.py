@@ -15,6 +15,8 @@ class Tally:
     skipped: int = 0
     failures: list = field(default_factory=list)
     surprises: list = field(default_factory=list)
+    # Where the emulator was at fault; the test ran again.
+    emulator_faults: list = field(default_factory=list)
     # {(test, mode): {"in_tree": result, "rmmu": result}}
     table: dict = field(default_factory=dict)
 
@@ -60,6 +62,8 @@ class Tally:
     def finish(self):
         """Print the summary; the exit code."""
         for title, lines in (("Unexpected passes (update selftests/expected)", self.surprises),
+                             (f"Faults of the emulator: {len(self.emulator_faults)} (see Documentation/testing.rst)",
+                              self.emulator_faults),
                              ("Failures", self.failures)):
             if lines:
                 print(f"\n{title}:")

@@ -110,6 +110,7 @@ def _run_group(environment, suite, tests, mode, module, who, tally, logs, extra)
                 outcome.why = f"as expected ({reason}); {outcome.why}"
             tally.record(test.name, mode, "rmmu" if module else "in_tree", outcome.result)
             report.show(label, who, mode, outcome)
+    tally.emulator_faults += [f"{who} {mode} {name}: at {where}" for name, where in runner.emulator_faults]
     if module:
         ui.line(f"  audits of page tables: {runner.audited['audits']}, entries looked at: "
                 f"{runner.audited['audited_entries']}, broken invariants: {runner.audited['audit_findings']}")
