@@ -125,6 +125,12 @@ impl Hardware {
         self.writable.clear();
     }
 
+    /// The guest may write at a virtual page without a look at the entry.
+    pub fn may_write(&self, page: u64) -> bool {
+        let mut leaves = self.leaves.iter();
+        leaves.any(|leaf| leaf.0 == page && leaf.1.is_writable())
+    }
+
     /// The guest reads at a virtual page.
     pub fn read(&mut self, cpu: &Cpu<'_>, page: u64) -> Access {
         if self.obsolete {

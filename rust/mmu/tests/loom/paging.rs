@@ -6,7 +6,7 @@ use crate::{
     cpu::Cpu,
     explore::{race, saw},
     guest::{target, to, Access, Acting, Guest, Tables},
-    machine::Machine,
+    machine::{Machine, Slot},
     memory::FRAMES,
     vm::npt,
 };
@@ -17,7 +17,7 @@ use loom::{
 use rmmu_engine::mmu::{
     shadow::{GuestTable, GuestWalk, PagePtr, PageRole, Root, Shadow},
     types::ACC_ALL,
-    Fault, Gfn, Level, Outcome, Pfn, ENTRIES,
+    Fault, Gfn, Host, Level, Outcome, Pfn, ENTRIES,
 };
 use std::{ops::Deref, sync::Arc};
 
@@ -97,6 +97,34 @@ impl Vm {
             vm.on_cpu(cpu).load_cr3(OTHER_ROOT);
         }
         vm.on_cpu(0).map_table(vm.table(Level::L4K));
+        vm
+    }
+
+    /// A guest without paging. All CPUs have the root. Frame 0 was mapped for writing,
+    /// and protected for the dirty log.
+    pub fn direct(cpus: usize) -> Vm {
+        const DIRECT: u32 = 1 << 7;
+        let mut vm = Vm::new(Level::L2M, cpus);
+        vm.role = PageRole(vm.role.0 | DIRECT);
+        for cpu in 0..cpus {
+            vm.on_cpu(cpu).load_cr3(0);
+        }
+        let (shadow, slot) = (&vm.shadow, &vm.machine.slot);
+        let cpu = vm.on_cpu(0);
+        let root = cpu.root();
+        cpu.write(|lock| {
+            let mut fault = Fault {
+                write: true,
+                map_writable: true,
+                ..cpu.fault_at(Gfn(0))
+            };
+            let acting = &mut cpu.acting();
+            let outcome = shadow.map_direct(&*cpu, lock, acting, Root::Page(root), &mut fault);
+            assert_eq!(outcome, Outcome::Fixed);
+            let flush = shadow.write_protect_slot(&*cpu, lock, slot, Level::L4K);
+            cpu.spend(flush, lock);
+        });
+        drop(cpu);
         vm
     }
 
@@ -265,6 +293,45 @@ impl<'v> Actor<'v> {
         }
     }
 
+    /// A read of a frame.
+    fn fault_at(&self, gfn: Gfn) -> Fault<'v, Slot> {
+        Fault {
+            gfn,
+            write: false,
+            exec: false,
+            prefetch: false,
+            req_level: Level::L4K,
+            goal_level: Level::L4K,
+            max_level: Level::L4K,
+            huge_page_disallowed: false,
+            nx_workaround: false,
+            pfn: Pfn(FRAMES + gfn.0),
+            slot: Some(&self.cpu.machine.slot),
+            map_writable: false,
+            write_tracked: false,
+            dirty_track: false,
+            mmio_generation: 0,
+            memtype: 0,
+            is_host_mmio: false,
+        }
+    }
+
+    /// A fast fault of a guest without paging, which writes to a frame.
+    pub fn fast(&self, gfn: Gfn) {
+        let (root, slot) = (self.root(), &self.cpu.machine.slot);
+        let outcome = self.vm.shadow.fast_fault(
+            &self.cpu,
+            Root::Page(root),
+            gfn,
+            true,
+            false,
+            Some(slot),
+            false,
+            |_, _, _| (),
+        );
+        saw(format!("fast {outcome:?}"));
+    }
+
     /// Serves a fault at a virtual page.
     fn fault(&self, page: u64) {
         let (vm, cpu) = (self.vm, &self.cpu);
@@ -277,25 +344,7 @@ impl<'v> Actor<'v> {
             if vm.shadow.is_obsolete(root) {
                 return Outcome::Retry;
             }
-            let mut fault = Fault {
-                gfn: walk.gfn,
-                write: false,
-                exec: false,
-                prefetch: false,
-                req_level: Level::L4K,
-                goal_level: Level::L4K,
-                max_level: Level::L4K,
-                huge_page_disallowed: false,
-                nx_workaround: false,
-                pfn: Pfn(FRAMES + walk.gfn.0),
-                slot: Some(&cpu.machine.slot),
-                map_writable: false,
-                write_tracked: false,
-                dirty_track: false,
-                mmio_generation: 0,
-                memtype: 0,
-                is_host_mmio: false,
-            };
+            let mut fault = self.fault_at(walk.gfn);
             let served = vm.shadow.map_guest(
                 cpu,
                 lock,

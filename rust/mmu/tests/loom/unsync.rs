@@ -12,7 +12,7 @@ use crate::{
 };
 use rmmu_engine::mmu::{
     shadow::{Root, ShadowHost},
-    Gfn, Level, Spte,
+    Gfn, Host, Level, Spte,
 };
 use std::sync::Arc;
 
@@ -23,6 +23,21 @@ fn meets(vm: Vm, other: impl FnOnce(&Actor<'_>, &Vm)) {
     let guest = vm.spawn(1, move |cpu| cpu.remap(table, 0, 1));
     other(&vm.on_cpu(0), &vm);
     guest.join().unwrap();
+    vm.destroy();
+}
+
+/// As [`meets`], while CPU 2 zaps the root.
+fn meets_two(vm: Vm, other: impl FnOnce(&Actor<'_>, &Vm)) {
+    let vm = Arc::new(vm);
+    let table = vm.table(Level::L4K);
+    let guest = vm.spawn(1, move |cpu| cpu.remap(table, 0, 1));
+    let zap = vm.spawn(2, {
+        let vm = Arc::clone(&vm);
+        move |cpu| unprotect(cpu, &vm, Level::L2M)
+    });
+    other(&vm.on_cpu(0), &vm);
+    guest.join().unwrap();
+    zap.join().unwrap();
     vm.destroy();
 }
 
@@ -192,4 +207,42 @@ fn walks_without_the_lock_meet_a_zap_of_the_root() {
         zap.join().unwrap();
         vm.destroy();
     });
+}
+
+#[test]
+fn a_fast_fault_does_not_bring_back_what_was_taken_for_a_table() {
+    explore(UNBOUNDED, &["fast Fixed", "fast Invalid"], || {
+        let vm = Arc::new(Vm::direct(2));
+        let guest = vm.spawn(1, |cpu| {
+            cpu.fast(Gfn(0));
+            cpu.read(0);
+        });
+        let cpu = vm.on_cpu(0);
+        cpu.write(|lock| {
+            let (host, slot) = (&*cpu, &vm.machine.slot);
+            let flush = vm
+                .shadow
+                .write_protect_gfn(host, lock, slot, Gfn(0), Level::L4K);
+            host.spend(flush, lock);
+        });
+        guest.join().unwrap();
+        assert!(!vm.machine.guest.vcpu(1).may_write(0));
+        vm.machine.guest.vcpu(1).flush();
+        vm.on_cpu(1).fast(Gfn(0));
+        vm.on_cpu(1).read(0);
+        assert!(!vm.machine.guest.vcpu(1).may_write(0));
+        vm.destroy();
+    });
+}
+
+#[test]
+fn a_flush_meets_a_sync_and_a_zap_of_the_root() {
+    explore(
+        Some(2),
+        &["unsync true", "unsync false", "new root"],
+        || {
+            let vm = Vm::unsync(Level::L2M, 3);
+            meets_two(vm, |cpu, _| cpu.flush());
+        },
+    );
 }
