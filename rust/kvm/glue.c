@@ -281,6 +281,11 @@ void rmmu_vm_bug(struct kvm *kvm, const char *what)
 	static_call(rmmu_call_kvm_make_all_cpus_request)(kvm, KVM_REQ_VM_DEAD);
 }
 
+void rmmu_warn(const char *what)
+{
+	WARN_ONCE(1, "rmmu: %s\n", what);
+}
+
 /* debugfs */
 
 static struct dentry *rmmu_dir, *rmmu_vms_dir;

@@ -136,6 +136,7 @@ void rmmu_srcu_unlock(struct kvm *kvm, int index);
 bool rmmu_gfn_dirty_tracked(struct kvm *kvm, bool smm, gfn_t gfn);
 
 void rmmu_vm_bug(struct kvm *kvm, const char *what);
+void rmmu_warn(const char *what);
 
 /* debugfs */
 void rmmu_show_audit(struct seq_file *m, void *vm);

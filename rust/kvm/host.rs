@@ -193,4 +193,16 @@ unsafe impl Host for KvmHost<'_> {
         pr_err!("broken invariant: {}\n", what);
         self.kvm.bug(c"broken invariant, see the line before");
     }
+
+    fn warn(&self, what: &'static str) {
+        pr_warn!("{}\n", what);
+        // SAFETY: a string that ends with a zero.
+        unsafe {
+            bindings::rmmu_warn(
+                c"something was put right, see the line before"
+                    .as_char_ptr()
+                    .cast(),
+            )
+        };
+    }
 }

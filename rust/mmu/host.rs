@@ -179,6 +179,9 @@ pub unsafe trait Host {
     /// An invariant is broken: warn, and let the VM run no more.
     fn bug(&self, what: &'static str);
 
+    /// Something should not be as it is, and is put right: warn.
+    fn warn(&self, what: &'static str);
+
     /// Does the flush that is owed.
     #[inline]
     fn spend<L: MmuLocked>(&self, flush: Flush, _lock: &L) {

@@ -395,6 +395,25 @@ fn a_page_that_cannot_be_synced_is_zapped() {
 }
 
 #[test]
+fn a_page_of_another_mode_than_the_vcpus_is_zapped_with_a_warning() {
+    let mut vm = wide_tree();
+    let pages_before = vm.shadow.pages();
+    // The vCPU would need roots of another role, but uses the old one.
+    vm.paging.wp = !vm.paging.wp;
+    vm.sync(0);
+    vm.paging.wp = !vm.paging.wp;
+    assert_eq!(vm.shadow.pages(), pages_before - WIDE);
+    let warnings = vm.machine.warnings.take();
+    assert_eq!(warnings.len(), WIDE as usize);
+    vm.check();
+    assert_eq!(
+        vm.touch(0, va(0, 0, 3, 0), Kind::READ),
+        Touch::Memory(Gfn(DATA))
+    );
+    vm.destroy();
+}
+
+#[test]
 fn a_tracked_table_does_not_become_unsync() {
     let vm = wide_tree();
     let slot = &vm.machine.slots[0];

@@ -444,6 +444,10 @@ unsafe impl Host for FakeHost {
     fn bug(&self, what: &'static str) {
         self.bugs.lock().unwrap().push(what);
     }
+
+    fn warn(&self, what: &'static str) {
+        self.bug(what);
+    }
 }
 
 impl Drop for FakeHost {

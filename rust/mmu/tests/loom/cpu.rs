@@ -223,6 +223,10 @@ unsafe impl<'m> Host for Cpu<'m> {
     fn bug(&self, what: &'static str) {
         self.machine.counts.lock().unwrap().bugs.push(what);
     }
+
+    fn warn(&self, what: &'static str) {
+        self.bug(what);
+    }
 }
 
 /// A vCPU's cache of tables.

@@ -150,6 +150,8 @@ pub struct Machine {
     /// whoever does not hold the lock may look then.
     pub observer: RefCell<Option<Observer>>,
     bugs: RefCell<Vec<&'static str>>,
+    /// A test that expects one takes it.
+    pub warnings: RefCell<Vec<&'static str>>,
 }
 
 /// Somebody without the lock.
@@ -218,6 +220,7 @@ impl Machine {
             roots_zapped: Cell::new(0),
             observer: RefCell::default(),
             bugs: RefCell::default(),
+            warnings: RefCell::default(),
         }
     }
 
@@ -266,6 +269,7 @@ impl Machine {
     /// Panics unless all is as it was before there was an MMU.
     pub fn assert_nothing_left(&self) {
         assert_eq!(self.bugs(), Vec::<&str>::new());
+        assert_eq!(*self.warnings.borrow(), Vec::<&str>::new());
         assert_eq!(self.live_pages(), 0, "pages leaked");
         assert_eq!(self.descs.get(), 0, "descriptors leaked");
         assert_eq!(self.accounted.get(), 0, "pages accounted");
@@ -483,6 +487,10 @@ unsafe impl Host for Machine {
 
     fn bug(&self, what: &'static str) {
         self.bugs.borrow_mut().push(what);
+    }
+
+    fn warn(&self, what: &'static str) {
+        self.warnings.borrow_mut().push(what);
     }
 }
 
