@@ -15,6 +15,7 @@ import subprocess
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 import cache
 import ui
@@ -368,13 +369,32 @@ def download_source(offer, package, version, directory, step):
             versions.insert(place, found)
     for candidate in (version, *versions):
         if step.run(["apt-get", *apt.options(), "source", "--download-only", f"{package}={candidate}"], cwd=directory,
-                    check=False) == 0:
+                    check=False) == 0 or _download_tars(apt, listed, candidate, directory, step):
             return candidate
         for left in directory.iterdir():
             left.unlink()
     raise ui.Error(f"the archive has no source package of {package} to fetch; asked for "
                    f"{', '.join([version, *versions])}. The mirror may be incomplete: set RMMU_MIRROR to another one "
                    f"and retry. (log: {step.log})")
+
+
+def _download_tars(apt, listed, version, directory, step):
+    """Fetches what a source package is unpacked from, without its description, which some mirrors lack.
+
+    The archive's signed list of sources has the checksums, which apt's own helper verifies.
+    """
+    stanza = next((text for text in listed.split("\n\n") if f"\nVersion: {version}\n" in f"\n{text}\n"), "")
+    pool = re.search(r"^Directory: *(\S+)$", stanza, re.M)
+    sums = re.search(r"^Checksums-Sha256:.*\n((?: .*\n?)+)", stanza, re.M)
+    if not pool or not sums:
+        return False
+    tars = [(name, digest) for digest, _, name in (row.split() for row in sums[1].splitlines()) if ".tar." in name]
+    step.note(f"the mirror has no description of version {version}; fetching its archives by the list of sources")
+    return bool(tars) and all(
+        step.run(["/usr/lib/apt/apt-helper", "-o", "Acquire::Retries=3", "download-file",
+                  f"{apt.mirror.rstrip('/')}/{pool[1]}/{quote(name)}", name, f"SHA256:{digest}"],
+                 cwd=directory, check=False) == 0
+        for name, digest in tars)
 
 
 def download(offer, packages, directory, step):

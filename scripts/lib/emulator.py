@@ -106,15 +106,7 @@ def _build(directory, version):
     source = directory / "source"
     log = cache.log_path("qemu")
     with ui.step("QEMU: fetching Debian's source", log=log) as step:
-        found = archive.download_source(buildroot.offer(), PACKAGE, version, directory / "archive", step)
-        if found != version:
-            step.note(f"the archive has no source of QEMU {version} now; using {found}")
-        source.mkdir()
-        for kind, options in (("orig", ["--strip-components=1"]), ("debian", [])):
-            archives = list((directory / "archive").glob(f"*.{kind}.tar.*"))
-            if len(archives) != 1:
-                raise ui.Error(f"the source package of QEMU {found} has {len(archives)} archives named {kind}, not one.")
-            step.run(["tar", "-xf", archives[0], "-C", source, *options])
+        found = unpack_source(PACKAGE, version, directory / "archive", source, step)
     root = buildroot.make_for(BUILD_PACKAGES, directory / "rootfs", "QEMU's build", cache.log_path("qemu-root"))
     build = directory / "build"
     build.mkdir()
@@ -122,7 +114,7 @@ def _build(directory, version):
     with ui.step("QEMU: building it with mended SVM emulation (5 to 15 minutes)", log=log) as step:
         for patch in _debian_patches(source):
             root.run(["patch", "-p1", "-s", "-i", patch], cwd=source, log=step)
-        _mend(source, found)
+        mend(f"QEMU {found}", FAULTS, source, __file__)
         root.run([source / "configure", *CONFIGURE], cwd=build, log=step)
         root.run(["ninja", "-j", ui.jobs(), NAME], cwd=build, log=step)
         root.run(["strip", build / NAME], log=step)
@@ -138,16 +130,30 @@ def _debian_patches(source):
     return [patches / name[0] for name in names if name]
 
 
-def _mend(source, version):
+def unpack_source(package, version, archives, source, step):
+    """Fetches Debian's source of a package, or of the nearest version there is, and unpacks it; returns the version."""
+    found = archive.download_source(buildroot.offer(), package, version, archives, step)
+    if found != version:
+        step.note(f"the archive has no source of {package} {version} now; using {found}")
+    source.mkdir()
+    for kind, options in (("orig", ["--strip-components=1"]), ("debian", [])):
+        tars = list(archives.glob(f"*.{kind}.tar.*"))
+        if len(tars) != 1:
+            raise ui.Error(f"the source package of {package} {found} has {len(tars)} archives named {kind}, not one.")
+        step.run(["tar", "-xf", tars[0], "-C", source, *options])
+    return found
+
+
+def mend(program, faults, source, where_edits_are):
     """Applies the edits. Each must find its text, exactly as often as expected."""
-    for fault in FAULTS:
+    for fault in faults:
         path = Path(source) / fault.file
         text = path.read_text() if path.exists() else ""
         count = text.count(fault.old)
         if count != fault.count:
             where = f"is there {count} times instead of {fault.count}" if text else "has no such file"
             raise ui.Error(
-                f"QEMU {version} does not read as scripts/lib/emulator.py expects: in {fault.file} the text "
+                f"{program} does not read as scripts/lib/{Path(where_edits_are).name} expects: in {fault.file} the text "
                 f"{fault.old.strip()!r} {where}. If that version has the fault no more, take the edit out; else adapt "
                 f"it. The fault: {fault.what}")
         path.write_text(text.replace(fault.old, fault.new))

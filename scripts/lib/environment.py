@@ -8,6 +8,7 @@ import buildroot
 import debugkernel
 import emulator
 import kernel
+import vmxemulator
 
 KERNELS = ("stock", "debug")
 
@@ -39,6 +40,10 @@ class Environment:
     def mended_qemu(self):
         """QEMU with mended SVM emulation, made if need be."""
         return emulator.ensure(self.root_handle)
+
+    def bochs(self):
+        """The directory of Bochs, made if need be."""
+        return vmxemulator.ensure(self.root_handle)
 
 
 def ensure(which="stock"):

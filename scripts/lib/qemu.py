@@ -78,13 +78,18 @@ def binary(root, program=None):
         raise ui.Error(f"{qemu} is missing: run scripts/setup")
     if root == Path("/") and not program:
         return [str(qemu)]
-    loader = root / "lib64/ld-linux-x86-64.so.2"
-    libraries = [root / "lib/x86_64-linux-gnu", root / "usr/lib/x86_64-linux-gnu"]
     firmware = [root / "usr/share/qemu", root / "usr/share/seabios"]
-    command = [str(loader), "--library-path", ":".join(map(str, libraries)), str(qemu)]
+    command = with_loader(root, qemu)
     for directory in firmware:
         command += ["-L", str(directory)]
     return command
+
+
+def with_loader(root, program):
+    """The command that runs a program with the loader and the libraries of the build root, from outside the root."""
+    loader = root / "lib64/ld-linux-x86-64.so.2"
+    libraries = [root / "lib/x86_64-linux-gnu", root / "usr/lib/x86_64-linux-gnu"]
+    return [str(loader), "--library-path", ":".join(map(str, libraries)), str(program)]
 
 
 class Machine:

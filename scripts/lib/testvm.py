@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import bochs
 import initramfs
 import kmsg
 import qemu
@@ -27,14 +28,23 @@ FOR_TESTS = ("zram",)
 GRACE_SECONDS = 30
 
 
+GIB = 1 << 30
+
+
 @dataclass(frozen=True)
 class Mode:
     """A way to run KVM: module parameters and CPU features, and whether it takes a QEMU with mended SVM emulation (see
-    emulator.py)."""
+    emulator.py), or with VMX a CPU model of Bochs and perhaps memory far up."""
 
     params: dict = field(default_factory=dict)
     cpu: str = ""
     mended: bool = False
+    model: str = ""
+    far_memory: tuple = ()
+
+    @property
+    def vendor(self):
+        return "kvm-intel" if self.model else "kvm-amd"
 
 
 MODES = {
@@ -43,6 +53,12 @@ MODES = {
     "4-level": Mode(cpu=",-la57"),
     "tdp_mmu=0": Mode({"kvm": "tdp_mmu=0"}),
     "npt=0": Mode({"kvm_amd": "npt=0"}, mended=True),
+    # With PML. Nearly all memory is where a part of its address could be taken for the level of a root.
+    "ept": Mode(model="corei7_skylake_x", far_memory=((20 * GIB, GIB),)),
+    "ept-nopml": Mode(model="corei7_haswell_4770"),
+    # Neither PML nor accessed and dirty bits.
+    "ept-noad": Mode(model="corei7_sandy_bridge_2600k"),
+    "ept=0": Mode({"kvm_intel": "ept=0"}, model="corei7_skylake_x"),
 }
 
 
@@ -54,18 +70,38 @@ class Config:
     module: Path = None
     module_params: str = "own_new_vms=1"
     kernel_params: dict = field(default_factory=dict)
-    load: list = field(default_factory=lambda: ["kvm-amd"])
+    # The mode's own of kvm-amd and kvm-intel, unless something else is named.
+    load: list = None
     pack: list = field(default_factory=list)
     files: list = field(default_factory=list)
     hugepages: int = 0
     machine: qemu.Options = field(default_factory=qemu.Options)
     mended: bool = False
 
-    def options(self, environment):
-        """The machine's options. Each huge page costs some ms of boot: the kernel clears it."""
+    @property
+    def vendor(self):
+        return MODES[self.mode].vendor
+
+    def boot(self, environment, initrd, console_log, interactive=False):
+        """The machine, running. Each huge page costs some ms of boot: the kernel clears it."""
+        mode, kernel = MODES[self.mode], environment.booted
+        options = self._vmx_options(environment) if mode.model else self._qemu_options(environment)
+        options = replace(options, cmdline=f"hugepages={self.hugepages} {kernel.cmdline} {self.machine.cmdline}")
+        machine = bochs.Machine if mode.model else qemu.Machine
+        return machine(environment.root, environment.vmlinuz, initrd, console_log, options, interactive)
+
+    def cpus(self):
+        """The CPUs that tests run on, for taskset."""
+        return bochs.cpus(self.machine.smp) if MODES[self.mode].model else self.machine.cpus
+
+    def _vmx_options(self, environment):
+        mode = MODES[self.mode]
+        return bochs.Options(environment.bochs(), self.machine.smp, mode.model, far_memory=mode.far_memory,
+                             memory_mib=bochs.MOST_MIB - sum(size for _, size in mode.far_memory) // bochs.MIB)
+
+    def _qemu_options(self, environment):
         mode, kernel = MODES[self.mode], environment.booted
         return replace(self.machine,
-                       cmdline=f"hugepages={self.hugepages} {kernel.cmdline} {self.machine.cmdline}",
                        cpu=self.machine.cpu + mode.cpu,
                        extra=[*self.machine.extra, *kernel.qemu],
                        program=environment.mended_qemu() if self.mended or mode.mended else self.machine.program)
@@ -101,7 +137,8 @@ def pack(config, environment, interactive=False):
     # The kernel opens the console before init can mount devtmpfs.
     archive.device("/dev/console", 5, 1)
     modules = initramfs.ModuleTree(environment.modules_dir)
-    modules.pack(archive, [*config.load, *config.pack, *filter(modules.has, FOR_TESTS)])
+    load = [config.vendor] if config.load is None else config.load
+    modules.pack(archive, [*load, *config.pack, *filter(modules.has, FOR_TESTS)])
     for path, source in config.files:
         source = Path(source)
         if source.is_dir():
@@ -118,9 +155,11 @@ def pack(config, environment, interactive=False):
     settings = {
         "MODE": config.mode,
         "INTERACTIVE": int(interactive),
-        "MODULES": " ".join(config.load),
+        "MODULES": " ".join(load),
+        "VENDOR": config.vendor,
+        "CONTROL": "/dev/ttyS1" if MODES[config.mode].model else "",
         "TIME_FACTOR": environment.booted.time_factor,
-        "CPUS": config.machine.cpus,
+        "CPUS": config.cpus(),
     }
     if config.module:
         archive.file("/lib/modules/kvm_rmmu.ko", config.module)
@@ -146,8 +185,7 @@ class TestVm:
             pack(config, environment).write(initrd)
             log = console_log or scratch / "console.log"
             started = time.monotonic()
-            self._machine = qemu.Machine(environment.root, environment.vmlinuz, initrd, log,
-                                         config.options(environment))
+            self._machine = config.boot(environment, initrd, log)
             limit = ICOUNT_BOOT_SECONDS if config.machine.icount else BOOT_SECONDS
             self.boot_kernel_log = self._until(r"@@ready", limit * self._time_factor, "boot")
             self.boot_seconds = time.monotonic() - started
