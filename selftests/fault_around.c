@@ -333,17 +333,13 @@ static void check_back_off(void)
 
 int main(void)
 {
-	char tdp_mmu[8] = "Y", npt[8] = "Y";
-
 	if (access(FAULT_AROUND, W_OK))
 		skip_all("kvm_rmmu is not loaded");
 	vm_create(&vm);
 	if (!vm_file("fault_around"))
 		skip_all("rmmu does not own new VMs in this mode");
 	vm_destroy(&vm);
-	read_word(KVM_PARAMETERS "tdp_mmu", tdp_mmu, sizeof(tdp_mmu));
-	read_word("/sys/module/kvm_amd/parameters/npt", npt, sizeof(npt));
-	if (strchr("N0", *tdp_mmu) || strchr("N0", *npt))
+	if (kvm_paging() != TDP_MMU)
 		skip_all("the shadow MMU maps nothing around a fault");
 	plan(33);
 	check_windows();

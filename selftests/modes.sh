@@ -1,17 +1,17 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-2.0
 # rmmu serves VMs however KVM pages: with its TDP MMU, without it (kvm's tdp_mmu=0, and rmmu's own), and
-# without nested paging (kvm_amd's npt=0).
+# without nested paging (kvm_amd's npt=0, kvm_intel's ept=0).
 
 . /selftests/lib/tap.sh
 . /selftests/lib/rmmu.sh
 
-# reload KVM_PARAMETERS KVM_AMD_PARAMETERS RMMU_PARAMETERS...
+# reload KVM_PARAMETERS VENDOR_PARAMETERS RMMU_PARAMETERS...
 reload() {
 	rmmu_loaded && { rmmu_unload || return; }
 	kvm_unload
 	# The parameters are words on purpose.
-	modprobe kvm $1 && modprobe kvm-amd $2 || return
+	modprobe kvm $1 && modprobe "$VENDOR" $2 || return
 	shift 2
 	rmmu_load "$@"
 }
@@ -26,10 +26,12 @@ serves() {
 }
 
 plan 12
-for mode in "kvm tdp_mmu=0" "kvm_amd npt=0" "rmmu tdp_mmu=0" "default"; do
+nested_paging=npt
+[ "$VENDOR" = kvm-intel ] && nested_paging=ept
+for mode in "kvm tdp_mmu=0" "$VENDOR $nested_paging=0" "rmmu tdp_mmu=0" "default"; do
 	case $mode in
 	kvm\ *) check "$mode: rmmu loads" reload tdp_mmu=0 "" ;;
-	kvm_amd*) check "$mode: rmmu loads" reload "" npt=0 ;;
+	"$VENDOR"*) check "$mode: rmmu loads" reload "" $nested_paging=0 ;;
 	rmmu*) check "$mode: rmmu loads" reload "" "" tdp_mmu=0 ;;
 	*) check "$mode: rmmu loads" reload "" "" ;;
 	esac

@@ -13,14 +13,13 @@
 #include "audit.h"
 #include "host.h"
 #include "idle.h"
-#include "svm.h"
+#include "nested.h"
 
 #define SIZE		HUGE_SIZE
 #define PAGES		(SIZE / PAGE_SIZE)
 #define TABLES		VM_SCRATCH_GPA
-#define VMCB		(TABLES + SVM_IDENTITY_PAGES * PAGE_SIZE)
-#define SAVE_AREA	(VMCB + PAGE_SIZE)
-#define INNER_STACK	(SAVE_AREA + 2 * PAGE_SIZE)
+#define NESTED		(TABLES + NESTED_TABLES * PAGE_SIZE)
+#define INNER_STACK	(NESTED + NESTED_SIZE + PAGE_SIZE)
 /* The hypervisor's table of the last level, for the region that it maps in pages of 4K, has a slot of its own. */
 #define TABLE_SLOT	2
 #define TABLE_SLOT_GPA	(2 * GIB)
@@ -40,7 +39,7 @@ struct order {
 };
 
 /* Who says that an order is done. */
-enum { HYPERVISOR = 1, NESTED_GUEST };
+enum { HYPERVISOR = 1, NESTED_GUEST, FAULT };
 
 static guest_code void inner(uint64_t shared)
 {
@@ -61,7 +60,7 @@ static guest_code void inner(uint64_t shared)
 		}
 		order->wrong = wrong;
 		if (order->leave)
-			__asm__ volatile("vmmcall");
+			nested_hypercall(NESTED);
 		else
 			guest_sync(NESTED_GUEST);
 	}
@@ -78,10 +77,10 @@ static guest_code void hypervisor(uint64_t shared)
 			load(order->load);
 		if (order->store) {
 			store(order->store, order->entry);
-			*(volatile uint8_t *)(VMCB + VMCB_TLB_CONTROL) = 1;
+			nested_flush(NESTED);
 		}
-		exit = svm_run(VMCB, INNER_STACK, order->inner, shared);
-		guest_sync(exit == EXIT_VMMCALL ? HYPERVISOR : exit);
+		exit = nested_run(NESTED, INNER_STACK, order->inner, shared);
+		guest_sync(exit == NESTED_HYPERCALL ? HYPERVISOR : exit == NESTED_FAULT ? FAULT : exit);
 	}
 }
 
@@ -107,9 +106,12 @@ static void give(struct order order)
 
 static uint64_t run(struct order order)
 {
+	uint32_t said;
+
 	give(order);
-	if (vcpu_run_to_sync(vcpu) != (stays ? NESTED_GUEST : HYPERVISOR))
-		bail("%s: the nested guest did not end as it was to", who);
+	said = vcpu_run_to_sync(vcpu);
+	if (said != (stays ? NESTED_GUEST : HYPERVISOR))
+		bail("%s: the nested guest ended with 0x%x", who, said);
 	return ((struct order *)vm.shared)->wrong;
 }
 
@@ -281,7 +283,7 @@ static uint8_t *table_memory(const struct region *region, bool reversed)
 
 	memset(base, 0, TABLE_SLOT_SIZE);
 	for (uint64_t page = 0; page < PAGES; page++)
-		entry[reversed ? PAGES - 1 - page : page] = (region->gpa + page * PAGE_SIZE) | SVM_ENTRY;
+		entry[reversed ? PAGES - 1 - page : page] = (region->gpa + page * PAGE_SIZE) | nested_entry(false);
 	return base;
 }
 
@@ -300,7 +302,7 @@ static void check_slot_of_table(const struct region *region)
 	put_table(NULL);
 	give((struct order){ .address = region->gpa + 3 * PAGE_SIZE, .count = 1 });
 	said = vcpu_run_to_sync(vcpu);
-	ok(said == EXIT_NPF, "%s, %s: without its table the memory is not mapped (exit code 0x%x)", who, region->name, said);
+	ok(said == FAULT, "%s, %s: without its table the memory is not mapped (it ended with 0x%x)", who, region->name, said);
 	put_table(second);
 	ok(reads(region, 3, 8000 + PAGES - 4) && reads(region, PAGES - 1, 8000), "%s, %s: another table in its place counts",
 	   who, region->name);
@@ -318,7 +320,7 @@ static void check_neighbours_of_table(const struct region *region)
 {
 	struct order order = {
 		.address = region->gpa + 20 * PAGE_SIZE, .count = 1, .value = 8030, .load = TABLE_SLOT_GPA,
-		.store = TABLE_GPA + 20 * 8, .entry = (region->gpa + 30 * PAGE_SIZE) | SVM_ENTRY,
+		.store = TABLE_GPA + 20 * 8, .entry = (region->gpa + 30 * PAGE_SIZE) | nested_entry(false),
 	};
 
 	/* So that it is the hypervisor's turn. */
@@ -328,7 +330,7 @@ static void check_neighbours_of_table(const struct region *region)
 	must(mprotect(table_slot, TABLE_SLOT_SIZE, PROT_READ | PROT_WRITE));
 	ok(run(order) == 0, "%s: what the hypervisor writes to its table counts, wherever it was before", region->name);
 	order.value = 8020;
-	order.entry = (region->gpa + 20 * PAGE_SIZE) | SVM_ENTRY;
+	order.entry = (region->gpa + 20 * PAGE_SIZE) | nested_entry(false);
 	ok(run(order) == 0, "%s: and again", region->name);
 }
 
@@ -340,11 +342,11 @@ static void check(struct region *region, bool only_own)
 	region->base = present(region);
 	slot(region, SIZE, 0);
 	vcpu = vm_vcpu(&vm, hypervisor, VM_SHARED_GPA);
-	svm_identity(vcpu, VMCB, SAVE_AREA, TABLES);
+	nested_prepare(vcpu, NESTED, TABLES);
 	if (region->by_4k) {
 		table_slot = table_memory(region, false);
 		put_table(table_slot);
-		*svm_identity_entry(&vm, TABLES, region->gpa) = TABLE_GPA | SVM_ENTRY;
+		*nested_identity_entry(&vm, TABLES, region->gpa) = TABLE_GPA | nested_entry(true);
 	}
 	for (int i = 0; i < 2; i++) {
 		stays = i;
@@ -374,8 +376,8 @@ int main(void)
 		{ .name = "2M on 2M", .gpa = GIB, .huge = true },
 	};
 
-	if (kvm_paging() == SHADOW || !svm_offered())
-		skip_all("the nested guest is one of SVM, with nested paging");
+	if (kvm_paging() == SHADOW || !nested_offered())
+		skip_all("there are no nested guests with nested paging");
 	plan(2 * (2 * (4 * 11 + 2 * 1 + 2 * 3) + 2 * 2));
 	for (int only_own = 0; only_own < 2; only_own++) {
 		note("a deleted slot takes %s", only_own ? "its own pages with it" : "everything with it");

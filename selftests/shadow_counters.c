@@ -13,7 +13,7 @@
 #include <unistd.h>
 
 #include "host.h"
-#include "svm.h"
+#include "nested.h"
 
 #define PREFETCH	"/sys/module/kvm_rmmu/parameters/shadow_prefetch"
 
@@ -27,13 +27,12 @@
 #define HUGE_PAGES	2UL
 
 #define TABLE		(VM_SCRATCH_GPA + 0x0000)
-#define NESTED_TABLES	(VM_SCRATCH_GPA + 0x1000)	/* SVM_IDENTITY_PAGES */
-#define VMCB		(VM_SCRATCH_GPA + 0x8000)
-#define SAVE_AREA	(VM_SCRATCH_GPA + 0x9000)
-#define INNER_STACK	(VM_SCRATCH_GPA + 0xb000)
+#define TABLES		(VM_SCRATCH_GPA + 0x1000)	/* NESTED_TABLES */
+#define NESTED		(VM_SCRATCH_GPA + 0x8000)	/* NESTED_SIZE */
+#define INNER_STACK	(VM_SCRATCH_GPA + 0xc000)
 /* Accessed and dirty already, else nothing would be installed in advance. */
 #define ENTRY		0x67UL
-#define LARGE_ENTRY	0xe7UL
+#define LARGE		0x80UL
 /* The smallest quota that KVM takes. */
 #define QUOTA		64
 
@@ -69,7 +68,7 @@ guest_code void inner(uint64_t shared)
 {
 	touch(shared);
 	for (;;)
-		__asm__ volatile("vmmcall");
+		nested_hypercall(NESTED);
 }
 
 guest_code void play(uint64_t shared)
@@ -83,7 +82,7 @@ guest_code void play(uint64_t shared)
 		switch (command->kind) {
 		case TOUCH:
 			if (command->nested)
-				wrong = svm_run(VMCB, INNER_STACK, command->inner, shared) - EXIT_VMMCALL;
+				wrong = nested_run(NESTED, INNER_STACK, command->inner, shared) - NESTED_HYPERCALL;
 			else
 				touch(shared);
 			break;
@@ -94,7 +93,7 @@ guest_code void play(uint64_t shared)
 			break;
 		default:
 			if (command->nested)
-				*(volatile uint8_t *)(VMCB + VMCB_TLB_CONTROL) = 1;
+				nested_flush(NESTED);
 			else
 				__asm__ volatile("mov %%cr3, %0; mov %0, %%cr3" : "=r"(cr3) : : "memory");
 			break;
@@ -112,7 +111,7 @@ static void run(struct scene *scene, struct command command)
 	*scene->command = command;
 	said = vcpu_run_to_sync(scene->vcpu);
 	if (said != 1)
-		bail("%s: the nested guest ended with 0x%x more than VMMCALL", scene->who, said);
+		bail("%s: the nested guest ended with 0x%x more than its call", scene->who, said);
 }
 
 /* Load a word every `step` bytes; returns the last one. */
@@ -135,10 +134,16 @@ static uint64_t *entries(struct scene *scene, uint64_t gpa)
 	return (uint64_t *)(scene->vm.low + gpa);
 }
 
+/* What an entry of the table has besides an address. */
+static uint64_t entry(struct scene *scene, bool leads_to_table)
+{
+	return scene->nested ? nested_entry(leads_to_table) : ENTRY;
+}
+
 /* The directory that maps a GiB: the guest's own, or the hypervisor's. */
 static uint64_t directory(struct scene *scene, uint64_t gib)
 {
-	uint64_t *pointers = entries(scene, NESTED_TABLES + PAGE_SIZE);
+	uint64_t *pointers = entries(scene, TABLES + PAGE_SIZE);
 	struct kvm_sregs sregs;
 
 	if (!scene->nested) {
@@ -183,11 +188,11 @@ static void begin(struct scene *scene, bool prefetch)
 	must(vm_slot(&scene->vm, 3, HUGE_GPA, HUGE_PAGES * HUGE_SIZE, scene->huge, 0));
 	scene->vcpu = vm_vcpu(&scene->vm, play, VM_SHARED_GPA);
 	if (scene->nested)
-		svm_identity(scene->vcpu, VMCB, SAVE_AREA, NESTED_TABLES);
+		nested_prepare(scene->vcpu, NESTED, TABLES);
 	scene->command->inner = vm_code(inner);
 	for (uint64_t i = 0; i < SMALL_PAGES; i++)
-		entries(scene, TABLE)[i] = (SMALL_GPA + i * PAGE_SIZE) | ENTRY;
-	entries(scene, directory(scene, SMALL_GPA / GIB))[0] = TABLE | ENTRY;
+		entries(scene, TABLE)[i] = (SMALL_GPA + i * PAGE_SIZE) | entry(scene, false);
+	entries(scene, directory(scene, SMALL_GPA / GIB))[0] = TABLE | entry(scene, true);
 	find_counters(scene);
 }
 
@@ -247,7 +252,7 @@ static void unsync(struct scene *scene)
 	uint64_t synced, unsynced, still, loaded;
 
 	load_all(scene, SMALL_GPA + 40 * PAGE_SIZE, 1, PAGE_SIZE);
-	store_entries(scene, TABLE + 40 * 8, 1, (SMALL_GPA + 41 * PAGE_SIZE) | ENTRY, 0);
+	store_entries(scene, TABLE + 40 * 8, 1, (SMALL_GPA + 41 * PAGE_SIZE) | entry(scene, false), 0);
 	unsynced = stat(scene, "mmu_unsync");
 	synced = rmmu_stat(scene, "synced");
 	run(scene, (struct command) { .kind = FLUSH });
@@ -265,7 +270,8 @@ static void flood(struct scene *scene)
 	uint64_t zapped = stat(scene, "mmu_shadow_zapped");
 	uint64_t at = directory(scene, SMALL_GPA / GIB) + 100 * 8;
 
-	store_entries(scene, at, 8, (SMALL_GPA + 100 * HUGE_SIZE) | LARGE_ENTRY, HUGE_SIZE);
+	store_entries(scene, at, 8, (SMALL_GPA + 100 * HUGE_SIZE) | entry(scene, false) | LARGE,
+		      HUGE_SIZE);
 	writes = stat(scene, "mmu_pte_write") - writes;
 	flooded = stat(scene, "mmu_flooded") - flooded;
 	zapped = stat(scene, "mmu_shadow_zapped") - zapped;
@@ -308,8 +314,8 @@ int main(void)
 
 	if (access(PREFETCH, W_OK))
 		skip_all("kvm_rmmu is not loaded");
-	if (!shadow && !svm_offered())
-		skip_all("the nested guest is one of SVM");
+	if (!shadow && !nested_offered())
+		skip_all("there are no nested guests");
 	plan(shadow ? 8 : tdp ? 9 : 12);
 	for (int i = 0; i < 2; i++) {
 		struct scene *scene = scenes[i];

@@ -50,11 +50,19 @@ def cpus(count):
     return f"0-{count - 1}"
 
 
-# The machine has no tables of ACPI. MWAIT makes Bochs look at each store of all CPUs, HLT does not. With mitigations KVM
-# empties caches that are not there at each VM entry. What is blacklisted checks signatures for seconds, for nothing.
-CMDLINE = "acpi=off idle=halt mitigations=off initcall_blacklist=load_system_certificate_list"
 # Instructions of one CPU in a second of the machine's time.
 INSTRUCTIONS_PER_SECOND = 50_000_000
+# The machine has no tables of ACPI. MWAIT makes Bochs look at each store of all CPUs, HLT does not. With mitigations KVM
+# empties caches that are not there at each VM entry. The CPUs claim the frequency of what they are a model of.
+# What is blacklisted checks signatures for seconds, and what rodata=off leaves out are the kernel's page tables.
+CMDLINE = (
+    "acpi=off idle=halt mitigations=off rodata=off initcall_blacklist=load_system_certificate_list "
+    f"tsc_early_khz={INSTRUCTIONS_PER_SECOND // 1000}"
+)
+# A second of the machine's time takes up to ten of a processor, and others may use that, too.
+PATIENCE = 20
+# What tests that can do less do less by.
+WORK = 5
 
 
 class Machine:

@@ -60,12 +60,13 @@ def matches(test, pattern):
     return not pattern or pattern in test.name or fnmatch.fnmatch(test.name, pattern)
 
 
-def select(tests, on_rmmu, effort, pattern, debug):
+def select(tests, on_rmmu, effort, pattern, debug, vmx=False):
     """The tests of a list that this run wants."""
     return [test for test in tests
             if (on_rmmu or "rmmu" not in test.tags)
             and EFFORTS[effort](test.tags)
             and (debug or "faults" not in test.tags)
+            and not (vmx and "tcg" in test.tags)
             and matches(test, pattern)]
 
 
@@ -73,8 +74,9 @@ def run(environment, suite, mode, module, tally, logs, effort="normal", pattern=
     """Run a suite in a mode, on rmmu when there is a module; results go into the tally."""
     who = "rmmu" if module else "in-tree"
     debug = environment.booted.debug
-    tests = select(suite.tests, bool(module), effort, pattern, debug)
-    elsewhere = [test.name for test in select(suite.tests, bool(module), effort, pattern, True) if test not in tests]
+    vmx = bool(testvm.MODES[mode].model)
+    tests = select(suite.tests, bool(module), effort, pattern, debug, vmx)
+    elsewhere = [test.name for test in select(suite.tests, bool(module), effort, pattern, True, vmx) if test not in tests]
     if elsewhere:
         ui.line(f"not for this kernel, which cannot make allocations fail (scripts/check --kernel debug): "
                 f"{', '.join(elsewhere)}")
@@ -140,7 +142,7 @@ def _run_test(runner, test, expected):
 
 def _expected(suite, test, mode, on_rmmu):
     """Acceptable results, from the most specific column that says something."""
-    columns = [mode, "default"]
+    columns = [mode, *testvm.MODES[mode].like, "default"]
     if on_rmmu:
         columns = [f"rmmu:{column}" for column in columns] + columns
     return suite.expected.of(test.name, columns)

@@ -39,11 +39,11 @@ own_new_vms() {
 }
 
 kvm_unload() {
-	rmmod kvm_amd && rmmod kvm
+	rmmod "$VENDOR" && rmmod kvm
 }
 
 kvm_load() {
-	modprobe kvm-amd
+	modprobe "$VENDOR"
 }
 
 # The functions that ftrace diverts, by whoever: to see whether somebody left something behind.

@@ -1,0 +1,29 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/* What a guest that runs a guest by VMX needs. */
+#ifndef RMMU_VMX_H
+#define RMMU_VMX_H
+
+#include "nested.h"
+
+/* Bits of an entry of EPT. */
+#define EPT_READ	(1UL << 0)
+#define EPT_WRITE	(1UL << 1)
+#define EPT_EXECUTE	(1UL << 2)
+#define EPT_ALL		(EPT_READ | EPT_WRITE | EPT_EXECUTE)
+#define EPT_WB		(6UL << 3)
+#define EPT_LARGE	(1UL << 7)
+#define EPT_ACCESSED	(1UL << 8)
+#define EPT_DIRTY	(1UL << 9)
+
+/* Reasons to exit. */
+#define VMX_VMCALL		18
+#define VMX_EPT_VIOLATION	48
+
+bool vmx_offered(void);
+/* The host's part: a feature that firmware enables, and the tables. */
+void vmx_prepare(struct vcpu *vcpu);
+/* The hypervisor's parts. The first makes the VMCS if it is not there yet. */
+uint64_t vmx_run(volatile struct nested *nested, uint64_t stack, uint64_t code, uint64_t argument);
+void vmx_flush(volatile struct nested *nested);
+
+#endif
