@@ -18,6 +18,7 @@ from pathlib import Path
 import kernelimage
 import qemu
 import ui
+import vmxemulator
 
 MIB = 1 << 20
 CONNECT_SECONDS = 30
@@ -38,6 +39,8 @@ class Options:
     memory_mib: int = MOST_MIB
     # Besides what is at the beginning: (start, size) of memory far up.
     far_memory: tuple = ()
+    # Translations survive VM exits until they are flushed; or else none does, as Bochs would have it.
+    keep_translations: bool = True
     cmdline: str = ""
 
     def ranges(self):
@@ -88,12 +91,18 @@ class Machine:
         with socket.create_server(("127.0.0.1", 0)) as server:
             settings = scratch / "bochsrc"
             settings.write_text("\n".join(self._settings(scratch, images, server.getsockname()[1])) + "\n")
-            command = ["setpriv", "--pdeathsig", "KILL", "--", *qemu.with_loader(Path(root), self.options.program / "bochs"),
+            command = ["setpriv", "--pdeathsig", "KILL", "--", *qemu.with_loader(Path(root), self.options.program / vmxemulator.NAME),
                        "-q", "-f", str(settings)]
             with open(self.stderr_log, "wb") as stderr:
-                self._process = subprocess.Popen(command, cwd=scratch, stdin=subprocess.DEVNULL, stdout=stderr,
-                                                 stderr=stderr)
+                self._process = subprocess.Popen(command, cwd=scratch, env=self._environment(),
+                                                 stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr)
             self._control = self._accept(server)
+
+    def _environment(self):
+        variables = {name: value for name, value in os.environ.items() if name != vmxemulator.KEEP_TRANSLATIONS}
+        if self.options.keep_translations:
+            variables[vmxemulator.KEEP_TRANSLATIONS] = "1"
+        return variables
 
     def _accept(self, server):
         server.settimeout(0.2)
@@ -108,7 +117,7 @@ class Machine:
     def _settings(self, scratch, images, port):
         options = self.options
         highest = max(start + size for start, size in options.ranges())
-        firmware = options.program / "firmware.bin"
+        firmware = options.program / vmxemulator.FIRMWARE
         yield f"cpu: model={options.model}, count={options.smp}, ips={INSTRUCTIONS_PER_SECOND}, reset_on_triple_fault=0"
         total = sum(size for _, size in options.ranges()) // MIB + 1
         yield f"memory: guest={highest // MIB}, host={total}, block_size=4096"

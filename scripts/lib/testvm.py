@@ -84,6 +84,8 @@ class Config:
     hugepages: int = 0
     machine: qemu.Options = field(default_factory=qemu.Options)
     mended: bool = False
+    # With VMX: see bochs.Options.
+    keep_translations: bool = True
 
     @property
     def vendor(self):
@@ -104,6 +106,7 @@ class Config:
     def _vmx_options(self, environment):
         mode = MODES[self.mode]
         return bochs.Options(environment.bochs(), self.machine.smp, mode.model, far_memory=mode.far_memory,
+                             keep_translations=self.keep_translations,
                              memory_mib=bochs.MOST_MIB - sum(size for _, size in mode.far_memory) // bochs.MIB)
 
     def _qemu_options(self, environment):
@@ -143,7 +146,7 @@ def pack(config, environment, interactive=False):
     archive.file("/init", SOURCE / "selftests/guest/init", 0o755)
     # The kernel opens the console before init can mount devtmpfs.
     archive.device("/dev/console", 5, 1)
-    modules = initramfs.ModuleTree(environment.modules_dir)
+    modules = initramfs.ModuleTree(environment.modules_dir, signed=not MODES[config.mode].model)
     load = [config.vendor] if config.load is None else config.load
     modules.pack(archive, [*load, *config.pack, *filter(modules.has, FOR_TESTS)])
     for path, source in config.files:

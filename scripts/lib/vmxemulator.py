@@ -20,6 +20,8 @@ NAME = "bochs"
 FIRMWARE = "firmware.bin"
 FIRMWARE_SOURCE = buildroot.PROJECT / "scripts/vmx/firmware.S"
 RETAINED_SOURCE = buildroot.PROJECT / "scripts/vmx/retained.h"
+# With this variable Bochs keeps translations over VM exits, see RETAINED_SOURCE.
+KEEP_TRANSLATIONS = "RMMU_KEEP_TRANSLATIONS"
 GIGABYTES = 2
 
 FAULTS = [

@@ -47,6 +47,7 @@ guest_code uint64_t nested_run(uint64_t at, uint64_t stack, uint64_t code, uint6
 		return vmx_run(nested, stack, code, argument);
 	exit = svm_run(nested->control, stack, code, argument);
 	nested->gpa = load(nested->control + VMCB_EXIT_INFO2);
+	nested->info = load(nested->control + VMCB_EXIT_INFO1);
 	return exit == EXIT_VMMCALL ? NESTED_HYPERCALL : exit == EXIT_NPF ? NESTED_FAULT : exit | NESTED_OTHER;
 }
 

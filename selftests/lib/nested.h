@@ -18,7 +18,7 @@ struct nested {
 	uint64_t tables;	/* the root of the tables that map the nested guest's memory */
 	uint64_t started, launched;	/* the VMCS is there; and has been used */
 	uint64_t flush[2];	/* INVEPT's descriptor */
-	uint64_t gpa;		/* after NESTED_FAULT */
+	uint64_t gpa, info;	/* after NESTED_FAULT; the second is the vendor's */
 };
 
 /* Why a nested guest ended. All else is the vendor's code, with NESTED_OTHER. */

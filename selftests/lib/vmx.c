@@ -25,12 +25,12 @@
 
 #define PROC_SECONDARY	(1UL << 31)
 #define PROC2_EPT	(1UL << 1)
+#define PROC2_BY_MODE	(1UL << 22)
 #define EXIT_64BIT	(1UL << 9)
 #define EXIT_SAVE_EFER	(1UL << 20)
 #define EXIT_LOAD_EFER	(1UL << 21)
 #define ENTRY_64BIT	(1UL << 9)
 #define ENTRY_LOAD_EFER	(1UL << 15)
-#define EPT_HAS_AD	(1UL << 21)
 #define EPTP_4_LEVELS	(3UL << 3)
 #define EPTP_AD		(1UL << 6)
 #define EPTP_WB		6UL
@@ -43,7 +43,7 @@ enum {
 	EPT_POINTER = 0x201a, EXIT_GPA = 0x2400, LINK = 0x2800, GUEST_EFER = 0x2806, HOST_EFER = 0x2c02,
 	PIN = 0x4000, PROC = 0x4002, EXCEPTIONS = 0x4004, EXIT = 0x400c, ENTRY = 0x4012, PROC2 = 0x401e, ERROR = 0x4400,
 	REASON = 0x4402, LIMIT = 0x4800, RIGHTS = 0x4814,
-	GUEST_CR0 = 0x6800, GUEST_CR3 = 0x6802, GUEST_CR4 = 0x6804, GUEST_DR7 = 0x681a, GUEST_RSP = 0x681c,
+	QUALIFICATION = 0x6400, GUEST_CR0 = 0x6800, GUEST_CR3 = 0x6802, GUEST_CR4 = 0x6804, GUEST_DR7 = 0x681a, GUEST_RSP = 0x681c,
 	GUEST_RIP = 0x681e, GUEST_RFLAGS = 0x6820, HOST_CR0 = 0x6c00, HOST_CR3 = 0x6c02, HOST_CR4 = 0x6c04,
 	HOST_GDTR = 0x6c0c, HOST_IDTR = 0x6c0e, HOST_RSP = 0x6c14, HOST_RIP = 0x6c16,
 };
@@ -61,6 +61,17 @@ void vmx_prepare(struct vcpu *vcpu)
 
 	if (ioctl(vcpu->fd, KVM_SET_MSRS, &msr) != 1)
 		bail("KVM_SET_MSRS: %m");
+}
+
+uint64_t vmx_ept_capabilities(struct vcpu *vcpu)
+{
+	struct { struct kvm_msrs msrs; struct kvm_msr_entry entry; } msr = {
+		.msrs.nmsrs = 1, .entry = { .index = MSR_VMX_EPT },
+	};
+
+	if (ioctl(vcpu->fd, KVM_GET_MSRS, &msr) != 1)
+		bail("KVM_GET_MSRS: %m");
+	return msr.entry.data;
 }
 
 guest_inline void vmwrite(uint64_t field, uint64_t value)
@@ -92,6 +103,13 @@ guest_inline uint64_t allowed(uint32_t msr, uint64_t wanted)
 	return (wanted | (uint32_t)bits) & bits >> 32;
 }
 
+guest_code void vmx_root(volatile struct nested *nested, uint64_t root)
+{
+	nested->tables = root;
+	if (nested->started)
+		vmwrite(EPT_POINTER, root | EPTP_4_LEVELS | EPTP_WB | (rdmsr(MSR_VMX_EPT) & VMX_EPT_AD ? EPTP_AD : 0));
+}
+
 static guest_code void start(volatile struct nested *nested)
 {
 	uint64_t cr0, cr3, cr4, region = nested->own, vmcs = nested->control;
@@ -111,7 +129,6 @@ static guest_code void start(volatile struct nested *nested)
 	vmwrite(ENTRY, allowed(MSR_VMX_TRUE_ENTRY, ENTRY_64BIT | ENTRY_LOAD_EFER));
 	vmwrite(EXCEPTIONS, ~0U);
 	vmwrite(LINK, ~0UL);
-	vmwrite(EPT_POINTER, nested->tables | EPTP_4_LEVELS | EPTP_WB | (rdmsr(MSR_VMX_EPT) & EPT_HAS_AD ? EPTP_AD : 0));
 
 	vmwrite(HOST_CR0, cr0);
 	vmwrite(HOST_CR3, cr3);
@@ -140,6 +157,17 @@ static guest_code void start(volatile struct nested *nested)
 	vmwrite(LIMIT + 2 * 8, 0xffff);
 	vmwrite(LIMIT + 2 * 9, 0xffff);
 	nested->started = 1;
+	vmx_root(nested, nested->tables);
+}
+
+guest_code bool vmx_execute_by_mode(volatile struct nested *nested)
+{
+	if (!nested->started)
+		start(nested);
+	if (!(rdmsr(MSR_VMX_PROC2) >> 32 & PROC2_BY_MODE))
+		return false;
+	vmwrite(PROC2, vmread(PROC2) | PROC2_BY_MODE);
+	return true;
 }
 
 guest_code uint64_t vmx_run(volatile struct nested *nested, uint64_t stack, uint64_t code, uint64_t argument)
@@ -169,6 +197,7 @@ guest_code uint64_t vmx_run(volatile struct nested *nested, uint64_t stack, uint
 		return vmread(ERROR) | NESTED_NOT_ENTERED;
 	reason = (uint32_t)vmread(REASON);
 	nested->gpa = vmread(EXIT_GPA);
+	nested->info = vmread(QUALIFICATION);
 	return reason == VMX_VMCALL ? NESTED_HYPERCALL : reason == VMX_EPT_VIOLATION ? NESTED_FAULT : reason | NESTED_OTHER;
 }
 
