@@ -17,10 +17,16 @@
  *   rmmu_ordinary_page().
  * - gup_must_unshare() is for pins.
  *
+ * KVM takes nothing but pages that are to be writable from get_user_pages_fast(). All others come from get_user_pages(), which
+ * asks the VMA first, and x86's entries do not tell all that it says: none is write-only, or, without keys, execute-only. So
+ * for a page that will be read-only the VMA is asked here, too (struct rmmu_readable). Documentation/locking.rst has it case
+ * by case.
+ *
  * What is refused here is not wrong, but somebody else's business: get_user_pages() finds it or fails.
  */
 #include <linux/kvm_host.h>
 #include <linux/mm.h>
+#include <linux/mmap_lock.h>
 #include <linux/pagemap.h>
 #include <linux/pgtable.h>
 #include "glue.h"
@@ -45,18 +51,56 @@ static __always_inline bool rmmu_ordinary_page(struct page *page)
 }
 
 /*
+ * The addresses of which the VMA lets everything be read that its page table maps. Nothing is known at first; @wanted is set
+ * where that was in the way. @slot: the slot is read-only, so that pages the host may write are read-only here.
+ */
+struct rmmu_readable {
+	unsigned long start, end;
+	bool slot, wanted;
+};
+
+static __always_inline bool rmmu_is_readable(struct rmmu_readable *readable, unsigned long hva)
+{
+	if (likely(hva >= readable->start && hva < readable->end))
+		return true;
+	readable->wanted = true;
+	return false;
+}
+
+/*
+ * Asks the VMA at @hva. What it says stays true for what the page table maps while mmu_lock is held: who changes a VMA's
+ * protection does that before the page table, and in between tells the mmu notifier. False if it says no, or is being changed.
+ */
+static noinline bool rmmu_ask_vma(struct kvm *kvm, unsigned long hva, struct rmmu_readable *readable)
+{
+	struct vm_area_struct *vma = lock_vma_under_rcu(kvm->mm, hva);
+	bool can_read;
+
+	if (!vma)
+		return false;
+	can_read = (vma->vm_flags & (VM_READ | VM_IO | VM_PFNMAP)) == VM_READ;
+	readable->start = vma->vm_start;
+	readable->end = vma->vm_end;
+	vma_end_read(vma);
+	return can_read;
+}
+
+/*
  * A page that the host may write is given to the guest as writable only if the host's entry is dirty already: the guest's
  * writes go past that entry, and a page that nobody has marked dirty could be dropped with them. Clean ones, and what the
  * process has no access to, are left to get_user_pages(), which marks them.
  */
-static __always_inline u64 rmmu_host_page(u64 pfn, bool can_read, bool can_write, bool dirty, bool special)
+static __always_inline u64 rmmu_host_page(u64 pfn, bool can_read, bool can_write, bool dirty, bool special,
+					  unsigned long hva, struct rmmu_readable *readable)
 {
 	if (!can_read || special || (can_write && !dirty) || !rmmu_ordinary_page(pfn_to_page(pfn)))
+		return 0;
+	if ((!can_write || readable->slot) && !rmmu_is_readable(readable, hva))
 		return 0;
 	return pfn << PAGE_SHIFT | RMMU_HOST_PRESENT | (can_write ? RMMU_HOST_WRITABLE : 0);
 }
 
-static __always_inline u64 rmmu_host_pte(pte_t *ptep)
+static __always_inline u64 rmmu_host_pte(pte_t *ptep, unsigned long hva, struct rmmu_readable *readable)
 {
 	/* Read once: it may change between a test and a use. */
 	pte_t pte = ptep_get_lockless(ptep);
@@ -67,26 +111,27 @@ static __always_inline u64 rmmu_host_pte(pte_t *ptep)
 	/* Who may write may read, keys included: ask once about most pages. */
 	can_write = pte_access_permitted(pte, true);
 	return rmmu_host_page(pte_pfn(pte), can_write || pte_access_permitted(pte, false), can_write, pte_dirty(pte),
-			      pte_special(pte));
+			      pte_special(pte), hva, readable);
 }
 
 /* Outwards from @at, up to the first page that is not there, and not past the table. */
 static void rmmu_host_neighbours(pte_t *ptep, unsigned long hva, unsigned int at, unsigned int pages,
-				 struct rmmu_host_window *window)
+				 struct rmmu_host_window *window, struct rmmu_readable *readable)
 {
 	unsigned int index = pte_index(hva), first = at, end = at + 1;
 	unsigned int lowest = at > index ? at - index : 0;
 	unsigned int limit = min(pages, at + PTRS_PER_PTE - index);
 
 	while (first > lowest) {
-		u64 page = rmmu_host_pte(ptep - (at - first + 1));
+		unsigned int back = at - first + 1;
+		u64 page = rmmu_host_pte(ptep - back, hva - back * PAGE_SIZE, readable);
 
 		if (!page)
 			break;
 		window->pages[--first] = page;
 	}
 	while (end < limit) {
-		u64 page = rmmu_host_pte(ptep + (end - at));
+		u64 page = rmmu_host_pte(ptep + (end - at), hva + (end - at) * PAGE_SIZE, readable);
 
 		if (!page)
 			break;
@@ -139,16 +184,9 @@ int rmmu_host_mapping_level(struct kvm *kvm, const struct kvm_memory_slot *slot,
 	return max_t(int, level, PG_LEVEL_4K);
 }
 
-/*
- * Looks up the page of @gfn, which is number @at of @pages, for a read or a @write, and its neighbours if the host maps it
- * by 4K. Returns the level at which the host maps it, 0 if it is not there or does not allow that.
- *
- * The caller holds mmu_lock and has seen that no invalidation of any of the frames is in progress. Its process is the VM's.
- */
-int rmmu_host_window(struct kvm *kvm, const struct kvm_memory_slot *slot, gfn_t gfn, unsigned int at, unsigned int pages,
-		     bool write, struct rmmu_host_window *window)
+static __always_inline int rmmu_look(struct kvm *kvm, unsigned long hva, unsigned int at, unsigned int pages, bool write,
+				     struct rmmu_host_window *window, struct rmmu_readable *readable)
 {
-	unsigned long hva = __gfn_to_hva_memslot(slot, gfn);
 	unsigned long flags;
 	u64 page = 0;
 	pte_t *ptep;
@@ -163,20 +201,40 @@ int rmmu_host_window(struct kvm *kvm, const struct kvm_memory_slot *slot, gfn_t 
 	switch (level) {
 	case PG_LEVEL_1G:
 		page = rmmu_host_page(pud_pfn(pud) + ((hva & ~PUD_MASK) >> PAGE_SHIFT), pud_access_permitted(pud, false),
-				      pud_access_permitted(pud, true), pud_dirty(pud), pud_special(pud));
+				      pud_access_permitted(pud, true), pud_dirty(pud), pud_special(pud), hva, readable);
 		break;
 	case PG_LEVEL_2M:
 		page = rmmu_host_page(pmd_pfn(pmd) + ((hva & ~PMD_MASK) >> PAGE_SHIFT), pmd_access_permitted(pmd, false),
-				      pmd_access_permitted(pmd, true), pmd_dirty(pmd), pmd_special(pmd));
+				      pmd_access_permitted(pmd, true), pmd_dirty(pmd), pmd_special(pmd), hva, readable);
 		break;
 	case PG_LEVEL_4K:
 		ptep = pte_offset_kernel(&pmd, hva);
-		page = rmmu_host_pte(ptep);
+		page = rmmu_host_pte(ptep, hva, readable);
 		if (pages > 1 && page && (!write || page & RMMU_HOST_WRITABLE))
-			rmmu_host_neighbours(ptep, hva, at, pages, window);
+			rmmu_host_neighbours(ptep, hva, at, pages, window, readable);
 		break;
 	}
 	local_irq_restore(flags);
 	window->pages[at] = page;
 	return page && (!write || page & RMMU_HOST_WRITABLE) ? level : PG_LEVEL_NONE;
+}
+
+/*
+ * Looks up the page of @gfn, which is number @at of @pages, for a read or a @write, and its neighbours if the host maps it
+ * by 4K. Returns the level at which the host maps it, 0 if it is not there or does not allow that.
+ *
+ * The caller holds mmu_lock and has seen that no invalidation of any of the frames is in progress. Its process is the VM's.
+ *
+ * Pages that are to be writable, which are nearly all, cost no look at a VMA.
+ */
+int rmmu_host_window(struct kvm *kvm, const struct kvm_memory_slot *slot, gfn_t gfn, unsigned int at, unsigned int pages,
+		     bool write, struct rmmu_host_window *window)
+{
+	struct rmmu_readable readable = { .slot = slot->flags & KVM_MEM_READONLY };
+	unsigned long hva = __gfn_to_hva_memslot(slot, gfn);
+	int level = rmmu_look(kvm, hva, at, pages, write, window, &readable);
+
+	if (unlikely(readable.wanted) && !write && rmmu_ask_vma(kvm, hva, &readable))
+		level = rmmu_look(kvm, hva, at, pages, write, window, &readable);
+	return level;
 }
