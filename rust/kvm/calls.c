@@ -106,14 +106,21 @@ DEFINE_STATIC_CALL_RET0(rmmu_x86_get_mt_mask, rmmu_vendor_memtype);
 DEFINE_STATIC_CALL_NULL(rmmu_x86_cache_reg, rmmu_vendor_cache_reg);
 DEFINE_STATIC_CALL_RET0(rmmu_x86_write_log_dirty, rmmu_vendor_write_log_dirty);
 
+/*
+ * Each is bound to what the vendor module of the moment has, which may be nothing: the one before it may be gone, and with it
+ * what was bound last time.
+ */
+#define RMMU_BIND_OPTIONAL(name, op)						\
+	static_call_update(rmmu_x86_##name, (void *)(op) ?: (void *)__static_call_return0)
+
 bool rmmu_bind_vendor(const struct kvm_x86_ops *ops)
 {
+	const struct kvm_x86_nested_ops *nested = ops->nested_ops;
+
 	static_call_update(rmmu_x86_load_mmu_pgd, ops->load_mmu_pgd);
 	static_call_update(rmmu_x86_flush_tlb_current, ops->flush_tlb_current);
 	static_call_update(rmmu_x86_cache_reg, ops->cache_reg);
-	if (ops->nested_ops && ops->nested_ops->write_log_dirty)
-		static_call_update(rmmu_x86_write_log_dirty, ops->nested_ops->write_log_dirty);
-	if (ops->get_mt_mask)
-		static_call_update(rmmu_x86_get_mt_mask, ops->get_mt_mask);
+	RMMU_BIND_OPTIONAL(write_log_dirty, nested ? nested->write_log_dirty : NULL);
+	RMMU_BIND_OPTIONAL(get_mt_mask, ops->get_mt_mask);
 	return ops->get_mt_mask;
 }
