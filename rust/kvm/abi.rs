@@ -59,17 +59,17 @@ static LAYOUTS: &[Layout] = layouts! {
         indirect_shadow_pages, mmu_valid_gen, vm_type, pre_fault_allowed, active_mmu_pages, shadow_mmio_value,
         tdp_mmu_roots, tdp_mmu_pages_lock, disable_nx_huge_pages, nx_huge_page_last, cpu_dirty_log_size,
         n_max_mmu_pages, mmu_page_hash, mmu_unsync_pages_lock, shadow_root_allocated, split_page_header_cache,
-        split_shadow_page_cache, split_desc_cache,
+        split_shadow_page_cache, split_desc_cache, disabled_quirks, has_private_mem,
     }
     kvm_vm_stat {
         mmu_shadow_zapped, mmu_pte_write, mmu_pde_zapped, mmu_flooded, mmu_recycled, mmu_cache_miss, mmu_unsync,
         mmu_shadow_pages, nx_lpage_splits, max_mmu_page_hash_collisions, max_mmu_rmap_size, __bindgen_anon_1.pages,
     }
-    kvm_vcpu { kvm, vcpu_id, requests, stat, arch }
+    kvm_vcpu { kvm, vcpu_id, requests, stat, arch, run }
     kvm_vcpu_arch {
         mmu, root_mmu, guest_mmu, nested_mmu, walk_mmu, mmu_shadow_page_cache, mmu_page_header_cache, apf,
         mmio_gva, mmio_access, mmio_gfn, mmio_gen, mmu_pte_list_desc_cache, mmu_shadowed_info_cache, pkru, rip, regs_avail,
-        cr4, cr4_guest_owned_bits, last_retry_eip, last_retry_addr, exception, interrupt, nmi_injected,
+        cr4, cr4_guest_owned_bits, last_retry_eip, last_retry_addr, exception, interrupt, nmi_injected, hflags,
     }
     kvm_vcpu_stat { pf_taken, pf_fixed, pf_emulate, pf_spurious, pf_fast, pf_mmio_spte_created, tlb_flush }
     kvm_mmu {
@@ -81,11 +81,11 @@ static LAYOUTS: &[Layout] = layouts! {
     kvm_mmu_root_info { pgd, hpa }
     kvm_mmu_page { tdp_mmu_page, role, gfn, spt, has_mapped_host_mmio, callback_head }
     kvm_mmu_memory_cache { gfp_zero, init_value, kmem_cache, capacity, nobjs, objects }
-    kvm_memory_slot { base_gfn, npages, dirty_bitmap, arch, userspace_addr, flags, id, as_id, gmem }
+    kvm_memory_slot { base_gfn, npages, dirty_bitmap, arch, userspace_addr, flags, id, as_id, gmem, gfn_node }
     kvm_arch_memory_slot { rmap, lpage_info, gfn_write_track }
     kvm_rmap_head { val }
     kvm_lpage_info { disallow_lpage }
-    kvm_memslots { generation }
+    kvm_memslots { generation, gfn_tree, node_idx, last_used_slot }
     kvm_gfn_range { slot, start, end, attr_filter, may_block, lockless }
     kvm_async_pf { cr2_or_gpa, arch, wakeup_all }
     kvm_arch_async_pf { token, gfn, cr3, direct_map, error_code }
@@ -96,7 +96,18 @@ static LAYOUTS: &[Layout] = layouts! {
     kvm_page_fault { addr, error_code, gfn, pfn, goal_level }
     tracepoint { key }
     ftrace_ops { func, flags, private, direct_call }
-    page { }
+    file { private_data }
+    kvm_run { exit_reason, __bindgen_anon_1.memory_fault }
+    mm_struct { __bindgen_anon_1.pgd, __bindgen_anon_1.vma_writer_wait }
+    vm_area_struct {
+        __bindgen_anon_1.__bindgen_anon_1.vm_start, __bindgen_anon_1.__bindgen_anon_1.vm_end, vm_mm,
+        __bindgen_anon_2.vm_flags, vm_refcnt,
+    }
+    folio { __bindgen_anon_1.__bindgen_anon_1.flags, __bindgen_anon_1.__bindgen_anon_1.mapping }
+    address_space { flags }
+    page {
+        flags, __bindgen_anon_1.__bindgen_anon_1.private, __bindgen_anon_1.__bindgen_anon_3.compound_info,
+    }
 };
 
 /// A reference to a BTF that the kernel has.
