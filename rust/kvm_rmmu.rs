@@ -36,6 +36,7 @@ struct Rmmu;
 
 impl kernel::Module for Rmmu {
     fn init(_module: &'static ThisModule) -> Result<Self> {
+        hook::prepare();
         vm::init();
         vm::debugfs_init();
         if let Err(error) = hook::init() {

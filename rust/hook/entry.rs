@@ -86,10 +86,10 @@ unsafe fn slot_of<'a>(slot: *const kvm_memory_slot) -> Option<&'a Slot> {
 /// Called by its stub only.
 #[no_mangle]
 unsafe extern "C" fn rmmu_kvm_mmu_init_vm(kvm: *mut kvm) -> c_int {
-    let _visit = vm::Visit::begin();
+    let visit = vm::Visit::begin();
     // SAFETY: the function itself, with the argument it was called with.
     let ret = unsafe { orig::kvm_mmu_init_vm(kvm) };
-    if ret != 0 {
+    if ret != 0 || visit.is_late() || !super::complete() {
         return ret;
     }
     // SAFETY: the VM is being created by this thread.

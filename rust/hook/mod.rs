@@ -18,9 +18,16 @@ use crate::{
     kvm::{abi, bindings, param, symbols, trace},
     vm,
 };
-use core::{cell::UnsafeCell, ffi::c_int, ffi::c_void, mem::MaybeUninit, ptr};
+use core::{
+    cell::UnsafeCell,
+    ffi::{c_int, c_void},
+    mem::MaybeUninit,
+    ptr,
+    sync::atomic::{AtomicBool, Ordering},
+};
 use kernel::{
     error::to_result,
+    pr_err_once,
     prelude::*,
     str::{CStr, CString},
 };
@@ -107,13 +114,21 @@ struct Patch {
     stub: usize,
 }
 
+/// All hooks are in place. While they are put in and taken out, some are there and others not: no VM becomes ours then.
+static COMPLETE: AtomicBool = AtomicBool::new(false);
+
+/// Whether a VM may become ours.
+pub fn complete() -> bool {
+    COMPLETE.load(Ordering::Acquire)
+}
+
 /// What is attached.
 struct State {
     patches: Option<KVec<Patch>>,
 }
 
 kernel::sync::global_lock! {
-    // SAFETY: initialised in `init` before anything locks it.
+    // SAFETY: initialised in `prepare` before anything locks it.
     unsafe(uninit) static STATE: Mutex<State> = State { patches: None };
 }
 
@@ -162,6 +177,30 @@ fn update(patches: &[Patch], add: bool) -> Result {
     })
 }
 
+/// The first wait for another try to take hooks out, in milliseconds. It doubles up to the last.
+const FIRST_WAIT: i64 = 1;
+const LAST_WAIT: i64 = 1000;
+
+/// Takes hooks out.
+///
+/// Whoever calls frees this module's text or kvm.ko's next, and cannot be refused; with hooks in place that would be the end
+/// of the machine. So there is no way out of here but success: whatever ftrace says, it is asked again, and the module that
+/// is on its way out stays as long as that takes. Hooks that are in place work meanwhile.
+fn remove(patches: &[Patch]) {
+    let mut wait = FIRST_WAIT;
+    while let Err(error) = update(patches, false) {
+        // ftrace copies its tables for that, so ENOMEM is likely to pass, and is nothing to speak of.
+        if error != ENOMEM && wait == LAST_WAIT {
+            pr_err_once!(
+                "hooks cannot be taken out: {:?}. The module that is being unloaded stays until they can\n",
+                error
+            );
+        }
+        kernel::time::delay::fsleep(kernel::time::Delta::from_millis(wait));
+        wait = wait.saturating_mul(2).min(LAST_WAIT);
+    }
+}
+
 /// The symbol that another direct user has diverted a patch site to.
 fn diverted_to(site: usize) -> Option<CString> {
     const MAX_SYMBOL: usize = bindings::RMMU_SYMBOL_LEN as usize;
@@ -177,22 +216,20 @@ fn diverted_to(site: usize) -> Option<CString> {
     CString::try_from(text).ok()
 }
 
+/// The one function whose handler may sleep while no VM of ours pins this module.
+const SLEEPS: &CStr = c"kvm_mmu_init_vm";
+
 /// Says which function could not be hooked, by trying them one at a time.
 fn explain(patches: &[Patch], error: Error) {
     for patch in patches {
+        // Who is in its handler would not be waited for when the module is refused for the error.
+        if patch.name.to_bytes() == SLEEPS.to_bytes() && diverted_to(patch.site).is_none() {
+            continue;
+        }
         let one = core::slice::from_ref(patch);
         reset_ops();
         match update(one, true) {
-            Ok(()) => {
-                if let Err(error) = update(one, false) {
-                    pr_err!(
-                        "hook of {} cannot be taken out again: {:?}\n",
-                        patch.name,
-                        error
-                    );
-                    return;
-                }
-            }
+            Ok(()) => remove(one),
             Err(error) => {
                 match diverted_to(patch.site) {
                     Some(user) => pr_err!(
@@ -253,6 +290,7 @@ fn attach() -> Result {
     }
     pr_info!("hooked {} entry points of kvm.ko\n", patches.len());
     state.patches = Some(patches);
+    COMPLETE.store(true, Ordering::Release);
     Ok(())
 }
 
@@ -262,20 +300,8 @@ fn detach() {
     let Some(patches) = state.patches.take() else {
         return;
     };
-    loop {
-        match update(&patches, false) {
-            // ftrace copies its tables for that. The stubs must not stay, and the caller cannot be refused.
-            Err(error) if error == ENOMEM => {
-                kernel::time::delay::fsleep(kernel::time::Delta::from_millis(1));
-            }
-            Err(error) => {
-                pr_err!("hooks cannot be taken out: {:?}\n", error);
-                kernel::warn_on!(true);
-                break;
-            }
-            Ok(()) => break,
-        }
-    }
+    COMPLETE.store(false, Ordering::Release);
+    remove(&patches);
     pr_info!("unhooked kvm.ko\n");
 }
 
@@ -311,10 +337,14 @@ unsafe extern "C" fn module_event(
     NOTIFY_OK
 }
 
-/// Hooks kvm.ko now, or as soon as it is loaded.
-pub fn init() -> Result {
+/// Prepares what [`attached`] asks: comes before anything by which a user could ask.
+pub fn prepare() {
     // SAFETY: called once, before anything locks it.
     unsafe { STATE.init() };
+}
+
+/// Hooks kvm.ko now, or as soon as it is loaded.
+pub fn init() -> Result {
     symbols::init()?;
     let notifier = NOTIFIER.0.get().cast::<bindings::notifier_block>();
     // SAFETY: not registered yet.
@@ -328,17 +358,27 @@ pub fn init() -> Result {
             Ok(())
         }
     };
-    attach_now().inspect_err(|_| {
+    attach_now().or_else(|error| {
         // SAFETY: registered above.
         unsafe { bindings::unregister_module_notifier(notifier) };
+        if !attached() {
+            return Err(error);
+        }
+        // kvm.ko came just then, and was hooked. There may be VMs of ours already, so there is no way back, and no need.
+        // SAFETY: lives until `exit` takes it out.
+        to_result(unsafe { bindings::register_module_notifier(notifier) })
     })
 }
 
 /// Unhooks. No VM of ours exists: each holds a reference on the module.
+///
+/// Taking the hooks out comes with a grace period of RCU tasks, which ends when each task that was in module text has left
+/// it, or sleeps. The one handler that may sleep without a VM of ours has counted itself before it does ([`vm::Visit`]); so
+/// with the hooks gone nobody is added to those any more, and their end can be waited for.
 pub fn exit() {
     // SAFETY: registered by `init`.
     unsafe { bindings::unregister_module_notifier(NOTIFIER.0.get().cast()) };
-    vm::wait_for_visits();
     detach();
+    vm::wait_for_visits();
     vm::wait_for_teardown();
 }

@@ -5,6 +5,8 @@
 #include <linux/debugfs.h>
 #include <linux/jump_label.h>
 #include <linux/module.h>
+#include <linux/ratelimit.h>
+#include <linux/rcupdate.h>
 #include <linux/sched/signal.h>
 #include <linux/seq_file.h>
 #include <linux/uaccess.h>
@@ -112,6 +114,7 @@ void rmmu_cond_resched(void) { cond_resched(); }
 bool rmmu_signal_pending(void) { return signal_pending(current); }
 int rmmu_current_pid(void) { return task_pid_nr(current); }
 
+void rmmu_synchronize_rcu_tasks(void) { synchronize_rcu_tasks(); }
 /* Faults */
 
 bool rmmu_invalidate_retry(struct kvm *kvm, unsigned long seq, gfn_t gfn)

@@ -56,6 +56,7 @@ bool rmmu_tdp_mmu_enabled(void);
 /* mmu_lock, RCU, scheduling */
 void rmmu_read_lock(struct kvm *kvm);
 void rmmu_read_unlock(struct kvm *kvm);
+void rmmu_synchronize_rcu_tasks(void);
 void rmmu_write_lock(struct kvm *kvm);
 void rmmu_write_unlock(struct kvm *kvm);
 void rmmu_relax_read(struct kvm *kvm);

@@ -174,7 +174,7 @@ static LATE_VISITS: AtomicU64 = AtomicU64::new(0);
 /// Keeps the module's text in place while a handler runs that may sleep and has no VM of ours to do that.
 ///
 /// Taking the hooks out waits for tasks that are in a handler, unless they sleep. So the handler holds a reference on the
-/// module; when the module is on its way out already, it is counted, and [`wait_for_visits`] waits before the hooks go.
+/// module; when the module is on its way out already, it is counted, and [`wait_for_visits`] waits for it.
 pub struct Visit(Option<ModuleReference>);
 
 impl Visit {
@@ -196,9 +196,17 @@ impl Drop for Visit {
     }
 }
 
-/// Waits until no handler sleeps in module text without a reference. The hooks are still in place.
+/// Waits until no handler that began without a reference is in module text. The hooks are gone, so that none begins.
+///
+/// Who is counted no more still has to return out of the handler, and does not sleep on that way: a grace period of RCU
+/// tasks sees it off.
 pub fn wait_for_visits() {
     while LATE_VISITS.load(Ordering::Acquire) != 0 {
+
+    /// The module is on its way out, so that nothing may become ours any more.
+    pub fn is_late(&self) -> bool {
+        self.0.is_none()
+    }
         kernel::time::delay::fsleep(kernel::time::Delta::from_millis(1));
     }
 }
@@ -214,6 +222,8 @@ fn choose_mmu() -> Result {
         param::switch_tdp_mmu(tdp_mmu);
     }
     Ok(())
+    // SAFETY: process context, which may sleep.
+    unsafe { bindings::rmmu_synchronize_rcu_tasks() }
 }
 
 fn take(kvm: &Kvm) -> Result {
