@@ -16,6 +16,7 @@ use crate::{
     vm::{self, Vm},
 };
 use core::ffi::{c_char, c_int, c_long, c_ulong, c_void};
+use kernel::error::code::{EINVAL, ENOTTY};
 
 /// The VM and our data of it.
 ///
@@ -117,6 +118,55 @@ unsafe extern "C" fn rmmu_kvm_mmu_uninit_vm(kvm: *mut kvm) {
     vm::released();
     // The last act: rmmod may go on from here.
     drop(module_reference);
+}
+
+/// An ioctl of a VM that KVM's x86 part serves. The one that can make a VM of the default type an encrypted one is refused, as
+/// a machine without encryption refuses it.
+///
+/// Its commands are not told from each other: what they are is in memory that another thread can change until KVM reads it.
+/// Those other than the ones that are meant need an encrypted VM. Without an argument it is a question, and KVM answers.
+///
+/// # Safety
+///
+/// Called by its stub only.
+#[no_mangle]
+unsafe extern "C" fn rmmu_kvm_arch_vm_ioctl(
+    file: *mut file,
+    ioctl: core::ffi::c_uint,
+    argument: c_ulong,
+) -> c_int {
+    // SAFETY: no precondition.
+    if ioctl == unsafe { rmmu_memory_encrypt_op() } && argument != 0 {
+        vm::refuse_encryption("KVM_MEMORY_ENCRYPT_OP");
+        return ENOTTY.to_errno();
+    }
+    // SAFETY: the function itself, with the arguments it was called with. The file holds the VM, which holds this module.
+    unsafe { orig::kvm_arch_vm_ioctl(file, ioctl, argument) }
+}
+
+/// A capability is enabled. Those that give a VM of the default type what an encrypted one has are refused with what KVM says
+/// of a VM that cannot take it.
+///
+/// # Safety
+///
+/// Called by its stub only.
+#[no_mangle]
+unsafe extern "C" fn rmmu_kvm_vm_ioctl_enable_cap(
+    kvm: *mut kvm,
+    cap: *mut kvm_enable_cap,
+) -> c_int {
+    // SAFETY: KVM's own copy of what userspace gave, which lives during the call.
+    match unsafe { (*cap).cap } {
+        KVM_CAP_VM_COPY_ENC_CONTEXT_FROM => {
+            vm::refuse_encryption("KVM_CAP_VM_COPY_ENC_CONTEXT_FROM")
+        }
+        KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM => {
+            vm::refuse_encryption("KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM")
+        }
+        // SAFETY: the function itself, with the arguments it was called with; the caller holds the VM.
+        _ => return unsafe { orig::kvm_vm_ioctl_enable_cap(kvm, cap) },
+    }
+    EINVAL.to_errno()
 }
 
 vcpu_handlers! {

@@ -5,7 +5,7 @@
  *	RMMU_HOOK(function, OWNER, "prototype in BTF's words")
  *
  * OWNER says where the stub finds the VM whose owner it tests: VCPU (first argument is a vCPU), VM (first argument is the
- * VM), or ANY (always ours: the function that decides who owns a VM). The Rust handler of FUNCTION is rmmu_FUNCTION, in
+ * VM), FILE (first argument is the VM's file), or ANY (always ours: the function that decides who owns a VM). The Rust handler of FUNCTION is rmmu_FUNCTION, in
  * rust/hook/entry.rs. scripts/check-hooks compares this table with what the kernel's objects let others reach.
  *
  * Included several times, with different definitions of RMMU_HOOK: no include guard.
@@ -57,3 +57,6 @@ RMMU_HOOK(kvm_mmu_recover_huge_pages, VM, "void(struct kvm *, const struct kvm_m
 /* The worker that gives back what the NX huge page mitigation split */
 RMMU_HOOK(kvm_nx_huge_page_recovery_worker, VM, "bool(void *)")
 /* hook-table-end */
+/* Not the MMU's: the ways in which a VM of the default type can become an encrypted one later */
+RMMU_HOOK(kvm_arch_vm_ioctl, FILE, "int(struct file *, unsigned int, long unsigned int)")
+RMMU_HOOK(kvm_vm_ioctl_enable_cap, VM, "int(struct kvm *, struct kvm_enable_cap *)")

@@ -20,6 +20,11 @@
 	cmpq	$rmmu_owner_mark, RMMU_KVM_OWNER(%rax)
 .endm
 
+.macro RMMU_TEST_FILE
+	movq	RMMU_FILE_KVM(%rdi), %rax
+	cmpq	$rmmu_owner_mark, RMMU_KVM_OWNER(%rax)
+.endm
+
 .macro RMMU_STUB func owner
 SYM_FUNC_START(rmmu_stub_\func)
 	ANNOTATE_NOENDBR

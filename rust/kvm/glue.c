@@ -19,6 +19,11 @@
 #include "x86.h"
 #include "glue.h"
 
+/* Messages that users of KVM can cause: some, and then some more after a while. */
+static DEFINE_RATELIMIT_STATE(rmmu_messages, 5 * HZ, 10);
+
+bool rmmu_may_log(void) { return __ratelimit(&rmmu_messages); }
+
 /* Module parameters */
 
 bool rmmu_own_new_vms = true;
@@ -109,12 +114,12 @@ void rmmu_pages_lock(struct kvm *kvm) { spin_lock(&kvm->arch.tdp_mmu_pages_lock)
 void rmmu_pages_unlock(struct kvm *kvm) { spin_unlock(&kvm->arch.tdp_mmu_pages_lock); }
 void rmmu_rcu_read_lock(void) { rcu_read_lock(); }
 void rmmu_rcu_read_unlock(void) { rcu_read_unlock(); }
+void rmmu_synchronize_rcu_tasks(void) { synchronize_rcu_tasks(); }
 void rmmu_rcu_barrier(void) { rcu_barrier(); }
 void rmmu_cond_resched(void) { cond_resched(); }
 bool rmmu_signal_pending(void) { return signal_pending(current); }
 int rmmu_current_pid(void) { return task_pid_nr(current); }
 
-void rmmu_synchronize_rcu_tasks(void) { synchronize_rcu_tasks(); }
 /* Faults */
 
 bool rmmu_invalidate_retry(struct kvm *kvm, unsigned long seq, gfn_t gfn)
@@ -156,6 +161,7 @@ void rmmu_hwpoison_signal(const struct kvm_memory_slot *slot, gfn_t gfn)
 	send_sig_mceerr(BUS_MCEERR_AR, (void __user *)__gfn_to_hva_memslot(slot, gfn), PAGE_SHIFT, current);
 }
 
+unsigned int rmmu_memory_encrypt_op(void) { return KVM_MEMORY_ENCRYPT_OP; }
 void rmmu_release_unused(struct page *page) { put_page(page); }
 void rmmu_request_load_pgd(struct kvm_vcpu *vcpu) { kvm_make_request(KVM_REQ_LOAD_MMU_PGD, vcpu); }
 void rmmu_request_apf_halt(struct kvm_vcpu *vcpu) { kvm_make_request(KVM_REQ_APF_HALT, vcpu); }

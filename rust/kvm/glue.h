@@ -53,10 +53,12 @@ void rmmu_switch_tdp_mmu(bool on);
 bool rmmu_tdp_mmu_enabled(void);
 #endif
 
+bool rmmu_may_log(void);
+
 /* mmu_lock, RCU, scheduling */
+void rmmu_synchronize_rcu_tasks(void);
 void rmmu_read_lock(struct kvm *kvm);
 void rmmu_read_unlock(struct kvm *kvm);
-void rmmu_synchronize_rcu_tasks(void);
 void rmmu_write_lock(struct kvm *kvm);
 void rmmu_write_unlock(struct kvm *kvm);
 void rmmu_relax_read(struct kvm *kvm);
@@ -83,6 +85,7 @@ void rmmu_signal_exit(struct kvm_vcpu *vcpu);
 void rmmu_memory_fault_exit(struct kvm_vcpu *vcpu, gfn_t gfn, bool write, bool exec);
 void rmmu_hwpoison_signal(const struct kvm_memory_slot *slot, gfn_t gfn);
 void rmmu_release_unused(struct page *page);
+unsigned int rmmu_memory_encrypt_op(void);
 void rmmu_request_load_pgd(struct kvm_vcpu *vcpu);
 void rmmu_request_apf_halt(struct kvm_vcpu *vcpu);
 bool rmmu_take_vm_dead(struct kvm_vcpu *vcpu);

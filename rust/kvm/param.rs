@@ -46,6 +46,12 @@ pub fn audit_at_end() -> bool {
     unsafe { (&raw const bindings::rmmu_audit_at_end).read_volatile() }
 }
 
+/// Whether there may be one more message of those that users of KVM can cause; else it is counted as suppressed.
+pub fn may_log() -> bool {
+    // SAFETY: no precondition.
+    unsafe { bindings::rmmu_may_log() }
+}
+
 /// Whether the TDP MMU is to be used where it can be: our parameter.
 pub fn wants_tdp_mmu() -> bool {
     // SAFETY: a byte that is written while no VM of ours exists or comes to be; read once.

@@ -127,22 +127,35 @@ pub fn adopt(kvm: &Kvm) -> Result {
         return Ok(());
     }
     if let Some(reason) = reason_to_decline(kvm) {
-        decline(reason);
+        decline(fmt!("{}", reason));
         return Ok(());
     }
     match take(kvm) {
         Err(error) if error != ENOMEM => {
-            pr_err!("VM stays with in-tree KVM: {:?}\n", error);
-            decline("its data could not be set up");
+            decline(fmt!("its data could not be set up ({:?})", error));
             Ok(())
         }
         done => done,
     }
 }
 
-fn decline(reason: &str) {
+/// Counts the VM, and says why; not each time if it happens often, since everybody who may use KVM can make it happen.
+fn decline(reason: core::fmt::Arguments<'_>) {
     STATS.declined.fetch_add(1, Ordering::Relaxed);
-    pr_info!("VM declined, in-tree KVM serves it: {}\n", reason);
+    if param::may_log() {
+        pr_info!("VM declined, in-tree KVM serves it: {}\n", reason);
+    }
+}
+
+/// A VM of ours was asked to become an encrypted one, by an interface for VMs of the default type. Nobody else can take it
+/// over any more, so it stays what it is.
+pub fn refuse_encryption(what: &str) {
+    if param::may_log() {
+        pr_info!(
+            "{} refused: a VM of rmmu cannot become an encrypted one. Create it with own_new_vms=0\n",
+            what
+        );
+    }
 }
 
 fn reason_to_decline(kvm: &Kvm) -> Option<&'static str> {
@@ -186,6 +199,11 @@ impl Visit {
         }
         Visit(reference)
     }
+
+    /// The module is on its way out, so that nothing may become ours any more.
+    pub fn is_late(&self) -> bool {
+        self.0.is_none()
+    }
 }
 
 impl Drop for Visit {
@@ -202,13 +220,10 @@ impl Drop for Visit {
 /// tasks sees it off.
 pub fn wait_for_visits() {
     while LATE_VISITS.load(Ordering::Acquire) != 0 {
-
-    /// The module is on its way out, so that nothing may become ours any more.
-    pub fn is_late(&self) -> bool {
-        self.0.is_none()
-    }
         kernel::time::delay::fsleep(kernel::time::Delta::from_millis(1));
     }
+    // SAFETY: process context, which may sleep.
+    unsafe { bindings::rmmu_synchronize_rcu_tasks() }
 }
 
 /// Sets the static key to which MMU serves direct roots. It is fixed while VMs of ours exist, and so is what it depends on:
@@ -222,8 +237,6 @@ fn choose_mmu() -> Result {
         param::switch_tdp_mmu(tdp_mmu);
     }
     Ok(())
-    // SAFETY: process context, which may sleep.
-    unsafe { bindings::rmmu_synchronize_rcu_tasks() }
 }
 
 fn take(kvm: &Kvm) -> Result {
