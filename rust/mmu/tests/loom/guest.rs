@@ -58,7 +58,7 @@ pub struct Guest {
     // No operation of loom happens while one of the plain ones is locked.
     pages: Plain<Vec<Frame>>,
     counts: Plain<Counts>,
-    buckets: Option<NonNull<Buckets>>,
+    buckets: Option<HashTable>,
 }
 
 #[derive(Default)]
@@ -76,6 +76,16 @@ struct Frame {
     place: NonNull<Place>,
     state: State,
 }
+
+// SAFETY: The place is owned by the machine; access to it is for the engine to order.
+unsafe impl Send for Frame {}
+
+struct HashTable(NonNull<Buckets>);
+
+// SAFETY: Only the address is used here; what is there is for the engine to guard.
+unsafe impl Send for HashTable {}
+// SAFETY: As above.
+unsafe impl Sync for HashTable {}
 
 // The engine finds a page by the address of an entry.
 #[repr(C, align(64))]
@@ -204,7 +214,7 @@ impl Guest {
             writable: zeroes(FRAMES),
             rmaps: zeroes(FRAMES * 3),
             vcpus: (0..cpus).map(|_| Mutex::default()).collect(),
-            buckets: NonNull::new(buckets.cast()),
+            buckets: NonNull::new(buckets.cast()).map(HashTable),
             unsync_lock: Mutex::default(),
             pages: Plain::default(),
             counts: Plain::default(),
@@ -213,7 +223,7 @@ impl Guest {
 
     /// An empty hash table.
     pub fn buckets(&self) -> NonNull<Buckets> {
-        self.buckets.expect("there is a guest")
+        self.buckets.as_ref().expect("there is a guest").0
     }
 
     /// A vCPU's hardware, between two accesses of its guest.
@@ -337,7 +347,7 @@ impl Drop for Guest {
             // SAFETY: It came from a box, and the threads of the model are gone.
             drop(unsafe { Box::from_raw(frame.place.as_ptr()) });
         }
-        if let Some(buckets) = self.buckets {
+        if let Some(HashTable(buckets)) = self.buckets {
             // SAFETY: Allocated with this layout.
             unsafe { dealloc(buckets.as_ptr().cast(), Layout::new::<Buckets>()) };
         }

@@ -278,7 +278,7 @@ impl<'v> Actor<'v> {
             let index = Gfn(page).index(level);
             let entry = self.guest().load(table, index);
             walk.tables[level.slot()] = GuestTable {
-                entry_gpa: table << 12 | index as u64 * 8,
+                entry_gpa: entry_gpa(table, index),
                 entry,
                 access: ACC_ALL,
             };
@@ -401,7 +401,7 @@ impl<'v> Actor<'v> {
             return;
         }
         saw("tracked");
-        let gpa = table << 12 | index as u64 * 8;
+        let gpa = entry_gpa(table, index);
         cpu.write(|lock| vm.shadow.track_write(cpu, lock, gpa, 8, entry != 0));
     }
 
@@ -416,4 +416,9 @@ impl<'v> Actor<'v> {
             "the guest sees a translation that it has flushed"
         );
     }
+}
+
+/// Where an entry of a table is.
+fn entry_gpa(table: u64, index: usize) -> u64 {
+    Gfn(table).to_gpa() + 8 * index as u64
 }
