@@ -59,7 +59,7 @@ static LAYOUTS: &[Layout] = layouts! {
         indirect_shadow_pages, mmu_valid_gen, vm_type, pre_fault_allowed, active_mmu_pages, shadow_mmio_value,
         tdp_mmu_roots, tdp_mmu_pages_lock, disable_nx_huge_pages, nx_huge_page_last, cpu_dirty_log_size,
         n_max_mmu_pages, mmu_page_hash, mmu_unsync_pages_lock, shadow_root_allocated, split_page_header_cache,
-        split_shadow_page_cache, split_desc_cache, disabled_quirks, has_private_mem,
+        split_shadow_page_cache, split_desc_cache, disabled_quirks, has_private_mem, has_mapped_host_mmio,
     }
     kvm_vm_stat {
         mmu_shadow_zapped, mmu_pte_write, mmu_pde_zapped, mmu_flooded, mmu_recycled, mmu_cache_miss, mmu_unsync,

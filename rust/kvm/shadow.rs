@@ -13,6 +13,7 @@ use crate::{
         vcpu::Vcpu, vm::Kvm,
     },
     mmu::{
+        host::Host,
         shadow::{
             Buckets, Counter, Desc, DescPtr, Maximum, Page, PageEvent, PagePtr, PageRole,
             PageSource, ShadowHost, ShadowVcpu, SplitCaches, Translations, KIND_SHADOW,
@@ -258,6 +259,21 @@ unsafe impl ShadowHost for KvmHost<'_> {
         // SAFETY: taken above.
         unsafe { bindings::rmmu_unsync_unlock(self.kvm.as_ptr()) };
         result
+    }
+
+    fn host_mmio_mapped_without_root(&self) {
+        // The vendor module clears buffers at each entry if the root's header says so; of a root without one, such as that
+        // of PAE paging, it asks the VM.
+        // SAFETY: the VM lives.
+        let noted = unsafe { &raw mut (*self.kvm.as_ptr()).arch.has_mapped_host_mmio };
+        // SAFETY: a byte of the VM that is only ever set, and that everybody reads and writes as a whole.
+        unsafe {
+            if noted.read_volatile() {
+                return;
+            }
+            noted.write_volatile(true);
+        }
+        self.host_mmio_mapped();
     }
 
     fn root_zapped(&self) {

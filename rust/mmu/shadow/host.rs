@@ -140,11 +140,8 @@ pub unsafe trait ShadowHost: Host {
     /// Pages of nested guests that nothing points to any more are zapped.
     fn recursive_nested_zap(&self) -> bool;
 
-    /// Host MMIO is about to be mapped below roots that are no pages.
-    #[inline]
-    fn host_mmio_mapped_without_root(&self) {
-        self.host_mmio_mapped();
-    }
+    /// Host MMIO is about to be mapped below roots that are no pages, so that no header says so.
+    fn host_mmio_mapped_without_root(&self);
 
     /// Something happened to a page. Called under the locks of the operation.
     #[inline]

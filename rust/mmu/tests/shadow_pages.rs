@@ -542,3 +542,22 @@ fn random_operations_on_direct_pages() {
         vm.destroy();
     }
 }
+
+#[test]
+fn host_mmio_is_noted_in_the_root_or_with_the_vm() {
+    for pae in [false, true] {
+        let vm = direct(format::npt(), pae);
+        vm.map_direct(0, 1, Kind::READ);
+        assert_eq!(vm.machine.mmio_mapped.get(), 0);
+        vm.machine.host_mmio.set(true);
+        for gfn in 2..5 {
+            vm.map_direct(0, gfn, Kind::READ);
+        }
+        let told = (
+            vm.machine.mmio_mapped.get(),
+            vm.machine.mmio_mapped_without_root.get(),
+        );
+        // A page's header says it once and for all. Where there is none, the host keeps it.
+        assert_eq!(told, if pae { (0, 3) } else { (1, 0) });
+    }
+}

@@ -451,6 +451,8 @@ unsafe impl ShadowHost for Cpu<'_> {
         f()
     }
 
+    fn host_mmio_mapped_without_root(&self) {}
+
     fn root_zapped(&self) {
         // They are out of the guest before this returns.
         self.machine.guest.for_each_vcpu(|hardware| {

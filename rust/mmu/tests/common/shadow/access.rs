@@ -275,7 +275,7 @@ impl Vm {
             dirty_track: slot.is_some_and(|slot| slot.logged.get()),
             mmio_generation: self.generation.get(),
             memtype: crate::common::format::write_back(self.machine.format()),
-            is_host_mmio: false,
+            is_host_mmio: self.machine.host_mmio.get(),
         }
     }
 

@@ -146,6 +146,11 @@ pub struct Machine {
     pub yields: Cell<u64>,
     pub flushes: Cell<u64>,
     pub roots_zapped: Cell<u64>,
+    /// All memory is a device's of the host.
+    pub host_mmio: Cell<bool>,
+    /// Times that the host was told of such mappings below a root that is a page, and below others.
+    pub mmio_mapped: Cell<u64>,
+    pub mmio_mapped_without_root: Cell<u64>,
     /// Called in the middle of operations, whenever the engine lets something be known:
     /// whoever does not hold the lock may look then.
     pub observer: RefCell<Option<Observer>>,
@@ -218,6 +223,9 @@ impl Machine {
             yields: Cell::new(0),
             flushes: Cell::new(0),
             roots_zapped: Cell::new(0),
+            host_mmio: Cell::new(false),
+            mmio_mapped: Cell::new(0),
+            mmio_mapped_without_root: Cell::new(0),
             observer: RefCell::default(),
             bugs: RefCell::default(),
             warnings: RefCell::default(),
@@ -485,6 +493,10 @@ unsafe impl Host for Machine {
         self.nx.get()
     }
 
+    fn host_mmio_mapped(&self) {
+        self.mmio_mapped.set(self.mmio_mapped.get() + 1);
+    }
+
     fn bug(&self, what: &'static str) {
         self.bugs.borrow_mut().push(what);
     }
@@ -581,6 +593,11 @@ unsafe impl ShadowHost for Machine {
 
     fn with_unsync_lock<R>(&self, f: impl FnOnce() -> R) -> R {
         f()
+    }
+
+    fn host_mmio_mapped_without_root(&self) {
+        self.mmio_mapped_without_root
+            .set(self.mmio_mapped_without_root.get() + 1);
     }
 
     fn root_zapped(&self) {
