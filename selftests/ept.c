@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
  * What a hypervisor says in its EPT counts for its guest, whose memory KVM shadows: every combination of permissions with
- * every access, fetches from user's and the supervisor's pages when these differ, entries that are misconfigured, memory
- * types, accessed and dirty bits, another EPT pointer, INVEPT.
+ * every access, entries that are misconfigured, memory types, accessed and dirty bits, another EPT pointer, INVEPT.
  */
 #include <string.h>
 #include <sys/ioctl.h>
@@ -28,9 +27,6 @@
 
 #define RESERVED_BIT	(1UL << 51)
 
-#define NO_SUCH_CONTROL	0x30000
-#define PTE_USER	(1UL << 2)
-
 enum access { READ, WRITE, FETCH };
 
 /* In the shared page. */
@@ -39,7 +35,6 @@ struct order {
 	uint64_t flush;			/* and flushes */
 	uint64_t root;			/* and takes this root, unless it is 0 */
 	uint64_t access, address;	/* the nested guest's access */
-	uint64_t by_mode;		/* from now on fetches from user's and the supervisor's pages differ */
 	uint64_t inner;			/* its code */
 	uint64_t loaded, qualification;
 };
@@ -71,10 +66,6 @@ static guest_code void hypervisor(uint64_t shared)
 			nested_flush(NESTED);
 		if (order->root)
 			vmx_root((void *)NESTED, order->root);
-		if (order->by_mode && !vmx_execute_by_mode((void *)NESTED)) {
-			guest_sync(NO_SUCH_CONTROL);
-			continue;
-		}
 		guest_sync(nested_run(NESTED, INNER_STACK, order->inner, shared));
 	}
 }
@@ -189,50 +180,6 @@ static void check_roots(void)
 	ok(first == PAGES - 1 - 120, "and the other pointer's do (%lu)", first);
 }
 
-/* The first GiB is the supervisor's in the nested guest's own tables; what the region is is said here. */
-static void region_is_users(bool users)
-{
-	uint64_t address = REGION, table;
-	struct kvm_sregs sregs;
-
-	must(ioctl(vcpu->fd, KVM_GET_SREGS, &sregs));
-	table = sregs.cr3;
-	for (int shift = 39; shift >= 21; shift -= 9) {
-		uint64_t *entry = &entries(table)[address >> shift & 511];
-
-		*entry = users ? *entry | PTE_USER : *entry & ~PTE_USER;
-		table = *entry & ~0xfffUL;
-	}
-	entries(sregs.cr3)[0] |= PTE_USER;
-}
-
-static void check_execute_by_mode(void)
-{
-	static const uint64_t executable[] = { 0, EPT_EXECUTE, EPT_EXECUTE_USER, EPT_EXECUTE | EPT_EXECUTE_USER };
-	struct order order = { .by_mode = 1, .access = READ, .address = REGION + 199 * PAGE_SIZE };
-	uint64_t page = 200, wrong = 0;
-
-	if (give(order) == NO_SUCH_CONTROL) {
-		skip("fetches by mode", "KVM offers no mode-based control");
-		return;
-	}
-	for (int users = 0; users < 2; users++) {
-		region_is_users(users);
-		for (int i = 0; i < 4; i++, page++) {
-			uint64_t needed = users ? EPT_EXECUTE_USER : EPT_EXECUTE;
-			uint32_t want = executable[i] & needed ? NESTED_HYPERCALL : NESTED_FAULT;
-			uint32_t got = try(page, page_entry(page, EPT_READ | EPT_WRITE) | executable[i], FETCH);
-
-			if (got == want)
-				continue;
-			wrong++;
-			note("a page of the %s with 0x%lx: 0x%x instead of 0x%x", users ? "user's" : "supervisor's",
-			     executable[i], got, want);
-		}
-	}
-	ok(wrong == 0, "a fetch needs the permission of the mode that the page is for");
-}
-
 static void set_up(void)
 {
 	vm_create(&vm);
@@ -260,7 +207,7 @@ int main(void)
 
 	if (!vmx_offered() || kvm_paging() == SHADOW)
 		skip_all("there is no EPT");
-	plan(3 + 3 + 3 + 3 + 1);
+	plan(3 + 3 + 3 + 3);
 	set_up();
 	capabilities = vmx_ept_capabilities(vcpu);
 	has_execute_only = capabilities & VMX_EPT_EXECUTE_ONLY;
@@ -271,7 +218,6 @@ int main(void)
 	check_misconfigured();
 	check_accessed_and_dirty();
 	check_roots();
-	check_execute_by_mode();
 	vm_destroy(&vm);
 	return finish();
 }

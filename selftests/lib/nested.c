@@ -15,7 +15,7 @@ uint64_t nested_entry(bool leads_to_table)
 {
 	if (svm_offered())
 		return SVM_ENTRY;
-	return EPT_ALL | EPT_EXECUTE_USER | EPT_ACCESSED | (leads_to_table ? 0 : EPT_WB | EPT_DIRTY);
+	return EPT_ALL | EPT_ACCESSED | (leads_to_table ? 0 : EPT_WB | EPT_DIRTY);
 }
 
 void nested_prepare(struct vcpu *vcpu, uint64_t at, uint64_t tables)

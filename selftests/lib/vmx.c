@@ -25,7 +25,6 @@
 
 #define PROC_SECONDARY	(1UL << 31)
 #define PROC2_EPT	(1UL << 1)
-#define PROC2_BY_MODE	(1UL << 22)
 #define EXIT_64BIT	(1UL << 9)
 #define EXIT_SAVE_EFER	(1UL << 20)
 #define EXIT_LOAD_EFER	(1UL << 21)
@@ -158,16 +157,6 @@ static guest_code void start(volatile struct nested *nested)
 	vmwrite(LIMIT + 2 * 9, 0xffff);
 	nested->started = 1;
 	vmx_root(nested, nested->tables);
-}
-
-guest_code bool vmx_execute_by_mode(volatile struct nested *nested)
-{
-	if (!nested->started)
-		start(nested);
-	if (!(rdmsr(MSR_VMX_PROC2) >> 32 & PROC2_BY_MODE))
-		return false;
-	vmwrite(PROC2, vmread(PROC2) | PROC2_BY_MODE);
-	return true;
 }
 
 guest_code uint64_t vmx_run(volatile struct nested *nested, uint64_t stack, uint64_t code, uint64_t argument)

@@ -14,8 +14,6 @@
 #define EPT_LARGE	(1UL << 7)
 #define EPT_ACCESSED	(1UL << 8)
 #define EPT_DIRTY	(1UL << 9)
-/* With mode-based control: for addresses that the guest's tables give to users. */
-#define EPT_EXECUTE_USER	(1UL << 10)
 
 /* Reasons to exit. */
 #define VMX_VMCALL		18
@@ -35,7 +33,5 @@ uint64_t vmx_run(volatile struct nested *nested, uint64_t stack, uint64_t code, 
 void vmx_flush(volatile struct nested *nested);
 /* From now on the nested guest's memory is mapped by the tables below that root. */
 void vmx_root(volatile struct nested *nested, uint64_t root);
-/* Mode-based control of execution from now on; false if there is no such control. */
-bool vmx_execute_by_mode(volatile struct nested *nested);
 
 #endif
