@@ -11,7 +11,7 @@ mod common;
 use common::{
     format::{ept, npt, root_role},
     model::{Backing, Leaf, Request, Space},
-    range,
+    portion, range,
     tlb::Access,
     Random, Vm,
 };
@@ -376,6 +376,7 @@ fn within(outer: GfnRange, inner: GfnRange) -> bool {
 }
 
 fn run(format: SpteFormat, seed: u64, operations: u64) {
+    let operations = portion(operations);
     let mut test = Test::new(format, seed);
     let mut done: BTreeMap<&str, u64> = BTreeMap::new();
     for i in 0..operations {

@@ -7,7 +7,7 @@ mod common;
 #[path = "common/shadow/mod.rs"]
 mod shadow;
 
-use common::{format, Random};
+use common::{format, portion, Random};
 use rmmu_engine::mmu::{
     shadow::{Counter, PageInfo, SplitError},
     Flush, Gfn, GfnRange, Level, Outcome, Spte,
@@ -474,7 +474,7 @@ fn random_operations_on_direct_pages() {
     for pae in [false, true] {
         let mut random = Random(21);
         let mut vm = direct(format::npt(), pae);
-        for step in 0..20_000 {
+        for step in 0..portion(20_000) {
             vm.prefetch.set(random.once_in(2));
             let gfn = random.below(END);
             let gfn = if random.once_in(2) { gfn % 40 } else { gfn };

@@ -14,7 +14,7 @@ mod common;
 #[path = "common/shadow/mod.rs"]
 mod shadow;
 
-use common::{format, Random};
+use common::{format, portion, Random};
 use rmmu_engine::mmu::{shadow::Counter, Gfn, GfnRange, Level};
 use shadow::{
     cpu::Kind,
@@ -542,10 +542,10 @@ fn tops(paging: &Paging, root: u64) -> Vec<u64> {
 
 fn run(paging: Paging, seed: u64) {
     let mut run = Run::new(paging, seed);
-    for step in 0..OPERATIONS {
+    for step in 0..portion(OPERATIONS) {
         run.step();
         // After each of the first operations, and then often.
-        if step < 4000 || step % 32 == 0 {
+        if step < portion(4000) || step % 32 == 0 {
             run.vm.assert_audit();
         }
         if step % 128 == 0 {
@@ -566,16 +566,27 @@ fn run(paging: Paging, seed: u64) {
         Counter::Synced,
     ] {
         let count = machine.counter(counter);
-        assert!(count > 50, "{counter:?}: {count}");
+        assert!(count > portion(50) as i64, "{counter:?}: {count}");
     }
     let ahead = machine.counter(Counter::Prefetched);
-    assert_eq!(ahead > 1000, paging.ad, "mapped ahead: {ahead}");
-    assert!(machine.yields.get() > 50);
+    assert_eq!(
+        ahead > portion(1000) as i64,
+        paging.ad,
+        "mapped ahead: {ahead}"
+    );
+    assert!(machine.yields.get() > portion(50));
     assert!(run.most_huge > 0, "no huge page was mapped");
-    assert!(run.shared > 50, "frames shared a page: {}", run.shared);
+    assert!(
+        run.shared > portion(50),
+        "frames shared a page: {}",
+        run.shared
+    );
     for (name, least) in [("data", 10_000), ("table", 1000), ("mmio", 100)] {
         let count = run.touches[name];
-        assert!(count > least, "accesses that came to {name}: {count}");
+        assert!(
+            count > portion(least),
+            "accesses that came to {name}: {count}"
+        );
     }
     run.vm.destroy();
 }

@@ -6,7 +6,7 @@ mod common;
 #[path = "common/shadow/mod.rs"]
 mod shadow;
 
-use common::{format, Random};
+use common::{format, portion, Random};
 use rmmu_engine::mmu::{
     shadow::{Counter, PageEvent, PageInfo},
     sync::atomic::Ordering,
@@ -163,7 +163,7 @@ fn random_tree(random: &mut Random) -> Vm {
 fn a_sync_brings_exactly_the_unsync_pages_below_up_to_date_and_each_once() {
     let mut random = Random(7);
     let mut most = 0;
-    for round in 0..60 {
+    for round in 0..portion(60) {
         let mut vm = random_tree(&mut random);
         vm.check();
         let before = all_unsync(&vm);
@@ -192,7 +192,7 @@ fn a_sync_brings_exactly_the_unsync_pages_below_up_to_date_and_each_once() {
 fn a_zapped_page_takes_the_unsync_pages_below_with_it() {
     let mut random = Random(8);
     let mut most = 0;
-    for _ in 0..60 {
+    for _ in 0..portion(60) {
         let vm = random_tree(&mut random);
         let table = Gfn(if random.once_in(2) { L3 } else { L2 } + random.below(3));
         let before = pages(&vm);

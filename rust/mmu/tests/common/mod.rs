@@ -18,7 +18,7 @@ use rmmu_engine::mmu::{
     Around, FastOutcome, Fault, Flush, Gfn, GfnRange, Host, Level, MmuWrite, Outcome, Pfn, Role,
     Spte, SpteFormat, TablePtr, Tdp,
 };
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, env};
 
 /// A VM: a host, an MMU, one slot of memory.
 pub struct Vm {
@@ -42,6 +42,15 @@ impl Frames for AllFrames {
 
     fn may_be_writable(&self, _smm: bool, _gfn: Gfn, _level: Level, _: &MmuWrite<'_>) -> bool {
         true
+    }
+}
+
+/// What a random test does of its full work: all of it, unless `RMMU_TEST_PERCENT`
+/// says how much.
+pub fn portion(full: u64) -> u64 {
+    match env::var("RMMU_TEST_PERCENT") {
+        Ok(percent) => full * percent.parse::<u64>().expect("a number") / 100,
+        Err(_) => full,
     }
 }
 
