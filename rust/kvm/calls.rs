@@ -45,6 +45,7 @@ static_calls! {
     kvm_mmu_invalidate_start = "__SCT__rmmu_call_kvm_mmu_invalidate_start"(*mut kvm);
     kvm_mmu_invalidate_range_add = "__SCT__rmmu_call_kvm_mmu_invalidate_range_add"(*mut kvm, u64, u64);
     kvm_mmu_invalidate_end = "__SCT__rmmu_call_kvm_mmu_invalidate_end"(*mut kvm);
+    kvm_prefetch_pages = "__SCT__rmmu_call_kvm_prefetch_pages"(*mut kvm_memory_slot, u64, *mut *mut page, c_int) -> c_int;
     kvm_vcpu_read_guest_atomic = "__SCT__rmmu_call_kvm_vcpu_read_guest_atomic"(*mut kvm_vcpu, u64, *mut c_void, usize) -> c_int;
     kvm_vcpu_mark_page_dirty = "__SCT__rmmu_call_kvm_vcpu_mark_page_dirty"(*mut kvm_vcpu, u64);
     kvm_vcpu_is_visible_gfn = "__SCT__rmmu_call_kvm_vcpu_is_visible_gfn"(*mut kvm_vcpu, u64) -> bool;

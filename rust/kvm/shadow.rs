@@ -396,15 +396,47 @@ pub struct ShadowCpu<'a> {
     vcpu: &'a Vcpu,
     /// Pages of the host for entries that are installed in advance.
     neighbours: Neighbours,
+    /// Whether the host's page table is worth a look for them.
+    look: bool,
+    /// Those among them that a reference is held on.
+    held: [*mut bindings::page; PREFETCH],
+    held_count: usize,
 }
 
 impl<'a> ShadowCpu<'a> {
     /// The vCPU, whose caches have been filled.
     pub fn new(vcpu: &'a Vcpu) -> Self {
+        Self::for_fault(vcpu, true)
+    }
+
+    /// The same, in a fault at a page that the host had mapped, `resident`, or had not. In the latter case its neighbours are
+    /// most likely not mapped either.
+    pub fn for_fault(vcpu: &'a Vcpu, resident: bool) -> Self {
         ShadowCpu {
             vcpu,
             neighbours: Neighbours::new(),
+            look: resident,
+            held: [core::ptr::null_mut(); PREFETCH],
+            held_count: 0,
         }
+    }
+
+    /// Gets references on pages that the host lets us write, of those from `gfn` on; how many.
+    fn hold(&mut self, slot: &Slot, gfn: Gfn, pfns: &mut [Pfn]) -> usize {
+        let wanted = pfns.len().min(PREFETCH);
+        if wanted == 0 {
+            return 0;
+        }
+        // SAFETY: the slot lives, and the array has room for that many pages.
+        let got = unsafe {
+            calls::kvm_prefetch_pages(slot.as_ptr(), gfn.0, self.held.as_mut_ptr(), wanted as i32)
+        };
+        self.held_count = usize::try_from(got).unwrap_or(0).min(wanted);
+        for (pfn, page) in pfns.iter_mut().zip(self.held.iter().take(self.held_count)) {
+            // SAFETY: a page on which we hold a reference.
+            *pfn = Pfn(unsafe { bindings::rmmu_page_to_pfn(*page) });
+        }
+        self.held_count
     }
 }
 
@@ -465,13 +497,12 @@ impl<'k> ShadowVcpu<KvmHost<'k>> for ShadowCpu<'_> {
         self.vcpu.memslots_generation()
     }
 
-    /// Out of the host's page table: no page is held, and none marked. Under the lock nothing is taken away, since no
-    /// invalidation is in progress (`may_prefetch`). One look covers the aligned group of frames, which most often is that of
+    /// If the page that faulted was there, the host's page table is looked at for these, too: no page is held, and none
+    /// marked. Under the lock nothing is taken away, since no invalidation is in progress (`may_prefetch`), and a page that
+    /// the host may write is dirty there already. One look covers the aligned group of frames, which most often is that of
     /// the guest's entries.
     ///
-    /// Pages that the host may write but has clean are left out, as everything is that is not in its table. They could be
-    /// mapped only by marking them dirty, though the guest may never touch them: the host would write back what is on disk
-    /// already, and keep what its owner gave up (`MADV_FREE`).
+    /// Where that finds nothing the host is asked for a reference: it may have the page, but clean.
     fn prefetch_pages(
         &mut self,
         host: &KvmHost<'k>,
@@ -480,7 +511,7 @@ impl<'k> ShadowVcpu<KvmHost<'k>> for ShadowCpu<'_> {
         gfn: Gfn,
         pfns: &mut [Pfn],
     ) -> usize {
-        if self.neighbours.writable(slot, gfn).is_none() {
+        if self.look && self.neighbours.writable(slot, gfn).is_none() {
             let start = Gfn(gfn.0 & !(PREFETCH as u64).wrapping_sub(1));
             let group = GfnRange::new(start, start.add(PREFETCH as u64));
             let group = group.intersect(slot.range());
@@ -494,10 +525,17 @@ impl<'k> ShadowVcpu<KvmHost<'k>> for ShadowCpu<'_> {
             *pfn = found;
             known = known.wrapping_add(1);
         }
-        known
+        let rest = pfns.get_mut(known..).unwrap_or_default();
+        known.wrapping_add(self.hold(slot, gfn.add(known as u64), rest))
     }
 
-    fn release_prefetched(&mut self) {}
+    fn release_prefetched(&mut self) {
+        for page in self.held.iter().take(self.held_count) {
+            // SAFETY: the reference is ours. The page is mapped writable, and may be made so without the host being told.
+            unsafe { calls::kvm_release_page_dirty(*page) }
+        }
+        self.held_count = 0;
+    }
 
     fn request_sync(&mut self) {
         self.vcpu.request_sync();

@@ -169,6 +169,7 @@ bool rmmu_free_obsolete_roots_pending(struct kvm_vcpu *vcpu)
 	return kvm_test_request(KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, vcpu);
 }
 
+u64 rmmu_page_to_pfn(struct page *page) { return page_to_pfn(page); }
 
 /* Roots that are no shadow pages */
 

@@ -32,6 +32,7 @@ void rmmu_request_sync(struct kvm_vcpu *vcpu);
 void rmmu_request_flush(struct kvm_vcpu *vcpu);
 void rmmu_request_free_obsolete_roots(struct kvm_vcpu *vcpu);
 bool rmmu_free_obsolete_roots_pending(struct kvm_vcpu *vcpu);
+u64 rmmu_page_to_pfn(struct page *page);
 
 /* Roots that are no shadow pages */
 u64 rmmu_dummy_root(void);

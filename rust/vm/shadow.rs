@@ -174,7 +174,7 @@ impl Vm {
             walk.write_without_wp(mmu.smep());
         }
         fault.max_level = fault.max_level.min(walk.level);
-        let mut cpu = ShadowCpu::new(vcpu);
+        let mut cpu = ShadowCpu::for_fault(vcpu, resident);
         let host = self.host();
         let served = with_guest!(paging, memory, guest => {
             self.shadow.map_guest(
@@ -229,7 +229,7 @@ impl Vm {
             fault.max_level = fault.max_level.min(Level::L2M);
         }
         self.adjust(&mut fault, all, resident);
-        let mut cpu = ShadowCpu::new(vcpu);
+        let mut cpu = ShadowCpu::for_fault(vcpu, resident);
         let outcome = self.shadow.map_direct(
             &self.host(),
             lock.token(),
