@@ -43,24 +43,33 @@ fn add_slot(vm: &mut Vm) {
     vm.generation.set(vm.generation.get() + 2);
 }
 
-#[test]
-fn a_sync_does_not_make_mmio_of_memory_that_came_since() {
+/// A guest whose page 0 is no memory, with an entry that says so, and whose page 1 is the
+/// table of both.
+fn with_mmio() -> Vm {
     let mut vm = new_vm(Mode::Level4);
-    set(&vm, ROOT, 0, L3 << 12 | FULL);
-    set(&vm, L3, 0, L2 << 12 | FULL);
-    set(&vm, L2, 0, L1 << 12 | FULL);
-    // Page 0 is no memory, page 1 is the table itself.
+    for (table, below) in [(ROOT, L3), (L3, L2), (L2, L1)] {
+        set(&vm, table, 0, below << 12 | FULL);
+    }
     set(&vm, L1, 0, LATE << 12 | FULL);
     set(&vm, L1, 1, L1 << 12 | FULL);
     vm.watched.extend([0, 1]);
     vm.load_cr3(0, ROOT << 12, false);
     assert_eq!(vm.touch(0, 0, Kind::READ), Touch::Mmio(Gfn(LATE)));
+    vm
+}
 
-    add_slot(&mut vm);
-    // The table is let out of sync, and brought up to date by the guest's flush.
+/// The table is let out of sync, and brought up to date by the guest's flush.
+fn write_and_flush(vm: &mut Vm) {
     let gpa = vm.paging.entry_gpa(Gfn(L1), 7);
     vm.store(0, 1 << 12 | gpa & 0xfff, gpa, 0);
     vm.load_cr3(0, ROOT << 12, false);
+}
+
+#[test]
+fn a_sync_does_not_make_mmio_of_memory_that_came_since() {
+    let mut vm = with_mmio();
+    add_slot(&mut vm);
+    write_and_flush(&mut vm);
     assert_eq!(vm.touch(0, 0, Kind::READ), Touch::Memory(Gfn(LATE)));
     vm.check();
     vm.destroy();
@@ -68,19 +77,9 @@ fn a_sync_does_not_make_mmio_of_memory_that_came_since() {
 
 #[test]
 fn a_sync_keeps_mmio_that_is_no_memory_still() {
-    let mut vm = new_vm(Mode::Level4);
-    set(&vm, ROOT, 0, L3 << 12 | FULL);
-    set(&vm, L3, 0, L2 << 12 | FULL);
-    set(&vm, L2, 0, L1 << 12 | FULL);
-    set(&vm, L1, 0, LATE << 12 | FULL);
-    set(&vm, L1, 1, L1 << 12 | FULL);
-    vm.watched.extend([0, 1]);
-    vm.load_cr3(0, ROOT << 12, false);
-    vm.touch(0, 0, Kind::READ);
+    let mut vm = with_mmio();
     vm.generation.set(vm.generation.get() + 2);
-    let gpa = vm.paging.entry_gpa(Gfn(L1), 7);
-    vm.store(0, 1 << 12 | gpa & 0xfff, gpa, 0);
-    vm.load_cr3(0, ROOT << 12, false);
+    write_and_flush(&mut vm);
     let faults = vm.faults;
     assert_eq!(vm.touch(0, 0, Kind::READ), Touch::Mmio(Gfn(LATE)));
     assert_eq!(vm.faults, faults, "the entry has the new generation");
