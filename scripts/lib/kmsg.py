@@ -55,8 +55,8 @@ def problems(text, allow_rmmu_errors=False, allow_no_memory=False):
 # A trap on an instruction for debuggers, in the kernel. What it prints after that until it stops the machine.
 _INT3 = re.compile(r"Oops: int3: 0000 \[#1\]")
 _AFTER_INT3 = re.compile(r"Call Trace:|Kernel panic - not syncing: Fatal exception( in interrupt)?$")
-_RIP = re.compile(r"\bRIP: 0010:(\w[\w.]*\+0x[0-9a-f]+/0x[0-9a-f]+)\b(?! \[)")
-_CODE = re.compile(r"\bCode: ((?:[0-9a-f]{2} )+)<([0-9a-f]{2})>((?: [0-9a-f]{2})*)")
+# The first lines about registers are those of the trap; others, of other CPUs and of user space, follow.
+_TRAP = re.compile(r"RIP: 0010:(\w[\w.]*\+0x[0-9a-f]+/0x[0-9a-f]+)\n.*\bCode: ((?:[0-9a-f]{2} )+)<([0-9a-f]{2})>((?: [0-9a-f]{2})*)")
 # What the kernel writes over other instructions while they may be executed: NOPs of five and two bytes, jumps, calls.
 _POKED = (("0f", "1f", "44", "00", "00"), ("66", "90"), ("e9",), ("eb",), ("e8",))
 _STACK_OF_RMMU = re.compile(r"\[kvm_rmmu\b")
@@ -74,12 +74,12 @@ def emulator_fault(text):
     if not reports or not _INT3.search(reports[0]) or not all(_AFTER_INT3.search(line) for line in reports[1:]):
         return None
     oops = text[text.index(reports[0]):]
-    rip, code = _RIP.search(oops), _CODE.search(oops)
-    if not rip or not code or _STACK_OF_RMMU.search(oops):
+    trap = _TRAP.match(oops, oops.find("RIP: "))
+    if not trap or _STACK_OF_RMMU.search(oops):
         return None
     # The trap leaves the CPU behind the one byte of the INT3: the instruction that is there now begins before the mark.
-    now = (code[1].split()[-1], code[2], *code[3].split())
-    return rip[1] if any(now[:len(poked)] == poked for poked in _POKED) else None
+    now = (trap[2].split()[-1], trap[3], *trap[4].split())
+    return trap[1] if any(now[:len(poked)] == poked for poked in _POKED) else None
 
 
 def excerpt(text, lines=60):

@@ -36,6 +36,15 @@ OOPS = """\
 [   61.000017] RIP: 0010:__schedule+0x2a4/0x1a40
 [   61.000018] Kernel panic - not syncing: Fatal exception
 """
+# What the kernel prints, too, when it stops: where the other CPUs are.
+OTHERS = """\
+[   61.000019] Sending NMI from CPU 0 to CPUs 1-2:
+[   61.000020] NMI backtrace for cpu 1
+[   61.000021] RIP: 0010:pv_native_safe_halt+0xf/0x20
+[   61.000022] Code: f3 0f 1e fa eb 07 0f 00 2d d5 ba 15 00 fb e9 <10> cc cc cc cc 90 66 66 2e 0f 1f 84 00 00 00 00 00 90 90
+[   61.000023] Call Trace:
+[   61.000024]  default_idle+0x9/0x20
+"""
 NOP = "0f <1f> 44 00 00 48"
 PLACE = "__schedule+0x2a4/0x1a40"
 
@@ -50,7 +59,15 @@ class Signature(unittest.TestCase):
     """kmsg.emulator_fault()."""
 
     def test_the_exact_signature_is_recognised(self):
-        self.assertEqual(kmsg.emulator_fault(OOPS), PLACE)
+        for text in (OOPS, OOPS + OTHERS, OOPS.replace("exception", "exception in interrupt")):
+            self.assertEqual(kmsg.emulator_fault(text), PLACE)
+
+    def test_only_the_trap_itself_counts(self):
+        in_a_module = OOPS.replace(PLACE, f"{PLACE} [kvm]")
+        without_code = OOPS.replace("Code: 89 e7", "Code: Unable to access opcode bytes at 0xffffffffc05ffff0. 89 e7")
+        for text in (in_a_module, without_code, without_code.replace("RIP: 0010:" + PLACE, "RIP: 0033:0x401000")):
+            with self.subTest(text=text):
+                self.assertIsNone(kmsg.emulator_fault(text + OTHERS))
 
     def test_each_instruction_that_the_kernel_pokes_is_recognised(self):
         for code in ("66 <90> 48 8b 7d c0", "e9 <10> 20 00 00 48", "eb <10> 48 8b 7d c0", "e8 <10> 20 00 00 48"):
