@@ -238,7 +238,18 @@ def _is_ready(an_offer):
 
 def ensure(any_kernel=False):
     """The build root, made if need be; unless `any_kernel`, only if a supported stock kernel is to be had."""
+    require_plain_paths()
     return with_fallback(lambda: make(any_kernel), key_of)
+
+
+def require_plain_paths():
+    """Refuses paths that make and Kbuild take for several words, or for something of their own."""
+    for what, path, advice in (("rmmu is in", PROJECT, "Clone it to another place"),
+                               ("rmmu's cache is in", cache.dir(), "Set XDG_CACHE_HOME to another directory")):
+        strange = sorted(set(re.findall(r"[^\w/.,+@~=-]", str(path))))
+        if strange:
+            raise ui.Error(f"{what} '{path}', and the kernel's build system cannot work with a path that has "
+                           f"{' or '.join(map(repr, strange))} in it. {advice}.")
 
 
 def make(any_kernel=False):

@@ -94,6 +94,7 @@ def set_up(refresh=False):
 
     Where the archive's newest make no set-up, whatever the reason, those of the last complete set-up stay in use.
     """
+    buildroot.require_plain_paths()
     buildroot.offer(refresh)
     root, stock, is_new = buildroot.with_fallback(_set_up, _is_complete)
     archive.save_complete(buildroot.offer())
@@ -265,6 +266,7 @@ def select(kver=None, kdir=None):
         return root, chosen
     if not kver:
         return set_up()
+    buildroot.require_plain_paths()
     if any(kver == kernel.release for kernel in buildroot.offer().kernels):
         root, stock = set_up()
         if stock.release == kver:

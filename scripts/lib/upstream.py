@@ -9,6 +9,8 @@ import cache
 import ui
 
 IN_GUEST = "/kvm"
+# The same as a pattern: where a path begins, and not in /sys/kernel/debug/kvm.
+_HERE = rf"(?<![\w./-]){IN_GUEST}"
 
 # Programs that are built besides upstream's own: {name: (program, [(pattern, replacement, how often it is there)])}.
 #
@@ -113,11 +115,12 @@ def needed(environment, commands):
 
     All of them make the initramfs 100 MB larger, which costs seconds of every boot.
     """
+    if commands and not re.search(rf"{_HERE}(?![\w.-])", commands):
+        # Building them takes minutes.
+        return []
     directory = ensure(environment)
     known = programs(directory)
-    named = {name for name in re.findall(rf"{IN_GUEST}/([\w./-]+)", commands) if name in known}
-    if commands and IN_GUEST not in commands:
-        return []
+    named = {name for name in re.findall(rf"{_HERE}/([\w./-]+)", commands) if name in known}
     if not named:
         return [(IN_GUEST, directory)]
     # A script runs the program of its own name.

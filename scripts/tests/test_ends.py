@@ -70,6 +70,19 @@ class Places(support.Checkout):
         done = self.run_command([*support.AS_NOBODY, "scripts/setup", "--clean"], cache=False)
         self.assert_clear(done, self.scratch / ".cache" / "rmmu", "XDG_CACHE_HOME")
 
+    def test_a_path_that_kbuild_cannot_take_is_refused_by_name(self):
+        for name, shown in (("a b", "' '"), ("a:b", "':'"), ("a#b", "'#'"), ("a$b", "'$'")):
+            with self.subTest(name=name):
+                place = self.scratch / name
+                self.project.rename(place)
+                self.project = place
+                for command in ("scripts/build-module", "scripts/setup", "scripts/check", "scripts/demo"):
+                    self.assert_clear(self.run_command([command]), f"'{place}'", shown, "Clone it to another place")
+        self.project.rename(self.scratch / "plain")
+        self.project = self.scratch / "plain"
+        self.cache = self.scratch / "a b"
+        self.assert_clear(self.run_command(["scripts/setup"]), self.cache, "' '", "XDG_CACHE_HOME")
+
     @support.needs_root
     def test_a_user_without_a_home_is_told(self):
         done = self.run_command([*support.AS_NOBODY, "scripts/setup", "--clean"], home=False, cache=False)
