@@ -98,7 +98,7 @@ static LAYOUTS: &[Layout] = layouts! {
     ftrace_ops { func, flags, private, direct_call }
     file { private_data }
     kvm_run { exit_reason, __bindgen_anon_1.memory_fault }
-    mm_struct { __bindgen_anon_1.pgd, __bindgen_anon_1.vma_writer_wait }
+    mm_struct { __bindgen_anon_1.pgd, __bindgen_anon_1.vma_writer_wait, __bindgen_anon_1.mm_lock_seq }
     vm_area_struct {
         __bindgen_anon_1.__bindgen_anon_1.vm_start, __bindgen_anon_1.__bindgen_anon_1.vm_end, vm_mm,
         __bindgen_anon_2.vm_flags, vm_refcnt,

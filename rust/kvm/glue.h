@@ -107,6 +107,7 @@ struct rmmu_host_window {
 	unsigned int first, end;
 };
 
+void rmmu_forget_answers(struct kvm *kvm);
 int rmmu_host_mapping_level(struct kvm *kvm, const struct kvm_memory_slot *slot, gfn_t gfn);
 int rmmu_host_window(struct kvm *kvm, const struct kvm_memory_slot *slot, gfn_t gfn, unsigned int at, unsigned int pages,
 		     bool write, struct rmmu_host_window *window);

@@ -70,6 +70,11 @@ unsafe impl Host for KvmHost<'_> {
     }
 
     #[inline]
+    fn pml(&self) -> bool {
+        self.kvm.cpu_dirty_log_size() != 0
+    }
+
+    #[inline]
     fn table_of(&self, hpa: Hpa) -> TablePtr {
         // SAFETY: the engine asks for tables that its entries point to, which live.
         let header = unsafe { table::header_at(hpa) };

@@ -55,13 +55,51 @@ static __always_inline bool rmmu_ordinary_page(struct page *page)
  * where that was in the way. @slot: the slot is read-only, so that pages the host may write are read-only here.
  */
 struct rmmu_readable {
+	struct kvm *kvm;
 	unsigned long start, end;
 	bool slot, wanted;
 };
 
+/*
+ * What a VMA said when it was asked last on this CPU. Good as long as nobody has taken the mmap_lock for write since, which is
+ * what its sequence count tells: no VMA changes without that. A VM that ends is taken out, lest another be taken for it.
+ */
+struct rmmu_answer {
+	struct kvm *kvm;
+	unsigned int seq;
+	unsigned long start, end;
+};
+
+static DEFINE_PER_CPU(struct rmmu_answer, rmmu_answer);
+
+/* The VM ends: nobody asks for it any more. */
+void rmmu_forget_answers(struct kvm *kvm)
+{
+	int cpu;
+
+	for_each_possible_cpu(cpu)
+		cmpxchg(&per_cpu(rmmu_answer, cpu).kvm, kvm, NULL);
+}
+
+/* Takes up the last answer, if it is good and about @hva. Interrupts are off. */
+static noinline bool rmmu_recall_answer(struct rmmu_readable *readable, unsigned long hva)
+{
+	const struct rmmu_answer *answer = this_cpu_ptr(&rmmu_answer);
+	unsigned int seq;
+
+	if (READ_ONCE(answer->kvm) != readable->kvm || hva < answer->start || hva >= answer->end ||
+	    !mmap_lock_speculate_try_begin(readable->kvm->mm, &seq) || seq != answer->seq)
+		return false;
+	readable->start = answer->start;
+	readable->end = answer->end;
+	return true;
+}
+
 static __always_inline bool rmmu_is_readable(struct rmmu_readable *readable, unsigned long hva)
 {
 	if (likely(hva >= readable->start && hva < readable->end))
+		return true;
+	if (rmmu_recall_answer(readable, hva))
 		return true;
 	readable->wanted = true;
 	return false;
@@ -71,18 +109,32 @@ static __always_inline bool rmmu_is_readable(struct rmmu_readable *readable, uns
  * Asks the VMA at @hva. What it says stays true for what the page table maps while mmu_lock is held: who changes a VMA's
  * protection does that before the page table, and in between tells the mmu notifier. False if it says no, or is being changed.
  */
-static noinline bool rmmu_ask_vma(struct kvm *kvm, unsigned long hva, struct rmmu_readable *readable)
+static noinline bool rmmu_ask_vma(struct rmmu_readable *readable, unsigned long hva)
 {
-	struct vm_area_struct *vma = lock_vma_under_rcu(kvm->mm, hva);
-	bool can_read;
+	struct rmmu_answer answer = { .kvm = readable->kvm };
+	struct mm_struct *mm = readable->kvm->mm;
+	struct vm_area_struct *vma;
+	unsigned long flags;
+	bool can_read, same;
 
+	same = mmap_lock_speculate_try_begin(mm, &answer.seq);
+	vma = lock_vma_under_rcu(mm, hva);
 	if (!vma)
 		return false;
 	can_read = (vma->vm_flags & (VM_READ | VM_IO | VM_PFNMAP)) == VM_READ;
-	readable->start = vma->vm_start;
-	readable->end = vma->vm_end;
+	answer.start = vma->vm_start;
+	answer.end = vma->vm_end;
 	vma_end_read(vma);
-	return can_read;
+	if (!can_read)
+		return false;
+	readable->start = answer.start;
+	readable->end = answer.end;
+	if (same && !mmap_lock_speculate_retry(mm, answer.seq)) {
+		local_irq_save(flags);
+		*this_cpu_ptr(&rmmu_answer) = answer;
+		local_irq_restore(flags);
+	}
+	return true;
 }
 
 /*
@@ -225,16 +277,16 @@ static __always_inline int rmmu_look(struct kvm *kvm, unsigned long hva, unsigne
  *
  * The caller holds mmu_lock and has seen that no invalidation of any of the frames is in progress. Its process is the VM's.
  *
- * Pages that are to be writable, which are nearly all, cost no look at a VMA.
+ * Pages that are to be writable, which are nearly all, cost no look at a VMA. The VMA of others is asked once for many faults.
  */
 int rmmu_host_window(struct kvm *kvm, const struct kvm_memory_slot *slot, gfn_t gfn, unsigned int at, unsigned int pages,
 		     bool write, struct rmmu_host_window *window)
 {
-	struct rmmu_readable readable = { .slot = slot->flags & KVM_MEM_READONLY };
+	struct rmmu_readable readable = { .kvm = kvm, .slot = slot->flags & KVM_MEM_READONLY };
 	unsigned long hva = __gfn_to_hva_memslot(slot, gfn);
 	int level = rmmu_look(kvm, hva, at, pages, write, window, &readable);
 
-	if (unlikely(readable.wanted) && !write && rmmu_ask_vma(kvm, hva, &readable))
+	if (unlikely(readable.wanted) && !write && rmmu_ask_vma(&readable, hva))
 		level = rmmu_look(kvm, hva, at, pages, write, window, &readable);
 	return level;
 }

@@ -313,6 +313,12 @@ impl Neighbours {
     }
 }
 
+/// Forgets what was learnt of the process's memory for a VM that ends.
+pub fn forget_answers(kvm: &Kvm) {
+    // SAFETY: only the address is of use.
+    unsafe { bindings::rmmu_forget_answers(kvm.as_ptr()) }
+}
+
 /// Tells userspace that `gfn` is broken memory (SIGBUS).
 pub fn signal_poison(slot: &Slot, gfn: Gfn) {
     // SAFETY: the slot lives and the frame is in it.

@@ -245,8 +245,7 @@ pub fn bind_vendor() -> bool {
     memtypes || buffers || ME_VALUE.read() != 0
 }
 
-/// How entries of this VM look, out of KVM's masks, which are constant while a vendor module is loaded, and of what the
-/// vendor module has said of the VM by the time that its first vCPU runs.
+/// How entries of this VM look, out of KVM's masks. They are constant while a vendor module is loaded.
 pub fn spte_format(kvm: &Kvm) -> SpteFormat {
     let max_level = MAX_HUGE_PAGE_LEVEL.read();
     MAX_HUGE_LEVEL.store(max_level.clamp(1, 3) as usize, Ordering::Relaxed);
@@ -284,7 +283,6 @@ pub fn spte_format(kvm: &Kvm) -> SpteFormat {
         bad_mt_xwr: if ept { bad_ept_types() } else { 0 },
         ad_enabled: AD_ENABLED.read(),
         mmio_caching: MMIO_CACHING.read(),
-        pml: kvm.cpu_dirty_log_size() != 0,
         // Without nested paging, entries are found by guest virtual addresses, and MMIO entries can have any frame.
         max_gfn: Gfn((1u64 << (if tdp_enabled() { physical_bits } else { 52 } - 12)) - 1),
     }

@@ -101,6 +101,10 @@ pub unsafe trait Host {
     /// How entries look for this VM.
     fn format(&self) -> &SpteFormat;
 
+    /// The CPU logs which pages it makes dirty (page-modification logging), by the
+    /// address of the innermost guest. Constant from the VM's first root on.
+    fn pml(&self) -> bool;
+
     /// The table at `hpa`, which a present entry that is no leaf points to.
     fn table_of(&self, hpa: Hpa) -> TablePtr;
 

@@ -2,10 +2,7 @@
 
 //! The role of a table: which paging mode, address space and level it serves.
 
-use crate::mmu::{
-    spte::{AdMode, SpteFormat},
-    types::Level,
-};
+use crate::mmu::{host::Host, spte::AdMode, types::Level};
 
 /// What a tree of tables, or one table of it, is for.
 ///
@@ -13,7 +10,8 @@ use crate::mmu::{
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Role {
     /// KVM's own word for the role, of which only the level and [`Role::INVALID`] mean
-    /// anything here: two vCPUs share a root when their words are equal.
+    /// anything here: two vCPUs share a root when their words are equal. In the role of
+    /// a table that is about to be made, the level in the word is still the parent's.
     pub word: u32,
     /// The level of the table.
     pub level: Level,
@@ -36,12 +34,8 @@ impl Role {
     /// The role of a table of this level in the same tree.
     #[inline]
     #[must_use]
-    pub fn with_level(self, level: Level) -> Role {
-        Role {
-            word: self.word & !Self::LEVEL | u32::from(level.get()),
-            level,
-            ..self
-        }
+    pub const fn with_level(self, level: Level) -> Role {
+        Role { level, ..self }
     }
 
     /// The role of a table that an entry of this one points to; none below the
@@ -51,15 +45,25 @@ impl Role {
         Some(self.with_level(self.level.child()?))
     }
 
+    /// This role as the header of its table has it: the level is in the word, too.
+    #[inline]
+    #[must_use]
+    pub(super) const fn complete(self) -> Role {
+        Role {
+            word: self.word & !Self::LEVEL | self.level.get() as u32,
+            ..self
+        }
+    }
+
     /// How accesses and writes are tracked below this role.
     ///
     /// Page-modification logging would log the nested guest's addresses, so that
     /// a nested tree is tracked by write protection when it is in use.
     #[inline]
-    pub fn ad_mode(self, format: &SpteFormat) -> AdMode {
+    pub fn ad_mode<H: Host>(self, host: &H) -> AdMode {
         if self.ad_disabled {
             AdMode::Disabled
-        } else if self.guest_mode && format.pml {
+        } else if self.guest_mode && host.pml() {
             AdMode::WriteProtectOnly
         } else {
             AdMode::Enabled
@@ -68,7 +72,7 @@ impl Role {
 
     /// Whether writes are tracked by write protection, not by dirty bits.
     #[inline]
-    pub fn tracks_writes_by_protection(self, format: &SpteFormat) -> bool {
-        (self.guest_mode && format.pml) || !format.ad_enabled
+    pub fn tracks_writes_by_protection<H: Host>(self, host: &H) -> bool {
+        (self.guest_mode && host.pml()) || !host.format().ad_enabled
     }
 }

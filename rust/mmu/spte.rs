@@ -104,8 +104,6 @@ pub struct SpteFormat {
     pub ad_enabled: bool,
     /// MMIO entries are in use.
     pub mmio_caching: bool,
-    /// Dirty pages are logged by the CPU, by the address of the innermost guest.
-    pub pml: bool,
     /// The highest guest frame there can be.
     pub max_gfn: Gfn,
 }

@@ -284,7 +284,7 @@ impl TablePtr {
         // SAFETY: The table is alive by the invariants and ours alone by the
         // contract of this function.
         unsafe {
-            ptr::addr_of_mut!((*raw).role).write(AtomicU32::new(role.word));
+            ptr::addr_of_mut!((*raw).role).write(AtomicU32::new(role.complete().word));
             ptr::addr_of_mut!((*raw).level).write(role.level.get());
             ptr::addr_of_mut!((*raw).access).write(role.access);
             ptr::addr_of_mut!((*raw).smm).write(role.smm);

@@ -49,10 +49,10 @@ impl Vm {
     ) -> Result<Backing<'s>, Result<Handled>> {
         let seq = self.kvm.invalidate_seq();
         let mmio = || {
-            let allowed = u64::from(allowed) & self.format().mmio_access_mask;
+            let allowed = u64::from(allowed) & self.format.mmio_access_mask;
             vcpu.mmio_cache(gva, access.gfn, allowed);
             // Entries for addresses the host does not have are impossible.
-            if !self.format().mmio_caching || access.gfn > self.format().max_gfn {
+            if !self.format.mmio_caching || access.gfn > self.format.max_gfn {
                 return Err(Ok(Handled::Mmio));
             }
             Ok(Backing::Mmio)
@@ -172,7 +172,7 @@ impl Vm {
     /// asks the notifier, which finds the accessed bit of the entry; hence this is for formats that have one.
     #[inline]
     pub(super) fn may_be_resident<'s>(&self, slot: Option<&'s Slot>) -> Option<&'s Slot> {
-        let slot = slot.filter(|_| self.format().ad_enabled)?;
+        let slot = slot.filter(|_| self.format.ad_enabled)?;
         (!slot.invalid() && !slot.is_apic_access_page() && !slot.gmem_only()).then_some(slot)
     }
 

@@ -307,7 +307,7 @@ unsafe extern "C" fn rmmu_show_fault_around(m: *mut bindings::seq_file, data: *m
     with_roots(vm, |root, _| {
         visit_all(vm, root, |_, _, spte| {
             if spte.is_ahead() {
-                let counter = if spte.is_accessed(vm.format()) {
+                let counter = if spte.is_accessed(&vm.format) {
                     &mut used
                 } else {
                     &mut idle
@@ -338,7 +338,7 @@ struct Run {
 }
 
 fn permissions(vm: &Vm, spte: Spte) -> [char; 5] {
-    let format = vm.format();
+    let format = &vm.format;
     let flag = |on: bool, name: char| if on { name } else { '-' };
     [
         'r',

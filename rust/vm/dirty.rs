@@ -89,7 +89,7 @@ impl Vm {
             }
             drop(flush);
         }
-        let by_protection = !self.format().pml;
+        let by_protection = self.kvm.cpu_dirty_log_size() == 0;
         let host = self.host();
         self.tdp
             .clear_dirty_masked(&host, lock, slot.smm(), base, mask, by_protection);

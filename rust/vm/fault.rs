@@ -314,7 +314,7 @@ impl Vm {
     fn mmio_fault(&self, vcpu: &Vcpu, address: u64) -> Option<Handled> {
         let direct = vcpu.mmu().direct();
         let spte = self.lowest_entry(vcpu, address)?;
-        if !spte.is_mmio(self.format()) {
+        if !spte.is_mmio(&self.format) {
             // Zapped or replaced since.
             return Some(Handled::Retry);
         }
@@ -326,10 +326,7 @@ impl Vm {
             return None;
         }
         let gva = if direct { 0 } else { address };
-        let (gfn, granted) = (
-            spte.mmio_gfn(self.format()),
-            spte.mmio_access(self.format()),
-        );
+        let (gfn, granted) = (spte.mmio_gfn(&self.format), spte.mmio_access(&self.format));
         trace::handle_mmio_page_fault(gva, gfn, granted);
         vcpu.mmio_cache(gva, gfn, granted);
         Some(Handled::Mmio)

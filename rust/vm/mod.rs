@@ -33,14 +33,14 @@ use crate::{
     kvm::{
         bindings,
         host::KvmHost,
-        param,
+        page, param,
         shadow::{free_buckets, ShadowStats},
         table, Kvm,
     },
     mmu::{shadow::Shadow, spte::SpteFormat, tdp::Tdp},
 };
 use core::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
-use kernel::{prelude::*, sync::SetOnce};
+use kernel::prelude::*;
 
 pub use debugfs::{exit as debugfs_exit, init as debugfs_init};
 
@@ -60,9 +60,8 @@ struct FaultCounters {
 /// Our data of a VM, found through the owner mark in `struct kvm`.
 pub struct Vm {
     kvm: &'static Kvm,
-    /// How entries look, as far as it is known while KVM makes the VM; see [`Vm::format`].
-    first_format: SpteFormat,
-    format: SetOnce<SpteFormat>,
+    /// How entries look.
+    format: SpteFormat,
     tdp: Tdp,
     shadow: Shadow,
     shadow_stats: ShadowStats,
@@ -247,8 +246,7 @@ fn take(kvm: &Kvm) -> Result {
     let vm = KBox::new(
         Vm {
             kvm: kvm.for_lifetime_of_owner(),
-            first_format: param::spte_format(kvm),
-            format: SetOnce::new(),
+            format: param::spte_format(kvm),
             tdp: Tdp::new(),
             shadow: Shadow::new(kvm.max_mmu_pages()),
             shadow_stats: ShadowStats::default(),
@@ -288,6 +286,7 @@ pub fn release(kvm: &Kvm) -> Option<ModuleReference> {
         kernel::warn_on!(true);
     }
     drop(vm);
+    page::forget_answers(kvm);
     STATS.owned.fetch_sub(1, Ordering::Relaxed);
     Some(ModuleReference(()))
 }
@@ -339,29 +338,11 @@ extern "C" fn rmmu_set_tdp_mmu(on: bool) -> core::ffi::c_int {
 }
 
 impl Vm {
-    /// How entries of the VM look.
-    ///
-    /// The hook of `kvm_mmu_init_vm()`, where the VM becomes ours, is too early to know: the vendor module's part of
-    /// creating a VM comes later, and there kvm_intel says whether the CPU logs writes. So it is determined once and for all
-    /// when a vCPU loads the first root. Before that there is no entry.
-    #[inline]
-    fn format(&self) -> &SpteFormat {
-        self.format.as_ref().unwrap_or(&self.first_format)
-    }
-
-    /// Determines how entries look. KVM has completed the VM: a vCPU runs.
-    fn fix_format(&self) {
-        if self.format.as_ref().is_none() {
-            // Of vCPUs that come here at the same time one is first. All would say the same.
-            let _ = self.format.populate(param::spte_format(self.kvm));
-        }
-    }
-
     /// The VM as the engine sees it.
     fn host(&self) -> KvmHost<'_> {
         KvmHost {
             kvm: self.kvm,
-            format: self.format(),
+            format: &self.format,
             tables: &self.tables,
             ahead: &self.around.stats,
             tdp: param::tdp_mmu().then_some(&self.tdp),

@@ -36,7 +36,6 @@ impl Vm {
     }
 
     pub(super) fn try_load(&self, vcpu: &Vcpu) -> Result {
-        self.fix_format();
         let mmu = vcpu.mmu();
         let role = mmu.root_role().ok_or(EIO)?;
         if mmu.direct() && param::tdp_mmu() {

@@ -107,7 +107,7 @@ pub(super) use with_guest;
 impl Vm {
     /// The hardware's tables are EPT, and so are those of nested hypervisors.
     pub(super) fn ept(&self) -> bool {
-        self.format().nx == 0
+        self.format.nx == 0
     }
 
     pub(super) fn make_pages_available(&self, lock: &mut MmuWrite<'_>) -> Result {

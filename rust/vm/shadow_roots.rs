@@ -164,7 +164,7 @@ impl Vm {
     ) -> Result {
         let level = role.level();
         let long = if level >= Level::L512G { pae::LONG } else { 0 };
-        let bits = pae::PRESENT | long | self.format().me_value;
+        let bits = pae::PRESENT | long | self.format.me_value;
         let role = role.with_level(Level::L2M);
         let wanted = wanted.map(|table| {
             let (gfn, quadrant) = table?;

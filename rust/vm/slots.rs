@@ -110,7 +110,7 @@ impl Vm {
     /// wrap, entries of an old generation would look current, so everything goes. The lowest bits tell address spaces
     /// apart.
     pub fn new_generation(&self, kvm: &Kvm, generation: u64) {
-        if !self.format().mmio_caching {
+        if !self.format.mmio_caching {
             return;
         }
         let spaces = u64::from(kvm.address_spaces());

@@ -252,7 +252,7 @@ impl Vm {
             access.write
         } else {
             // Without A/D bits, an entry that is there can be marked non-present to see whether it is used.
-            !self.format().ad_enabled
+            !self.format.ad_enabled
         };
         possible && !access.has(pferr::RSVD)
     }

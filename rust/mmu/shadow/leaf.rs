@@ -182,7 +182,7 @@ impl<'l, H: ShadowHost> Op<'l, H> {
             nx_huge_page: self.host.nx_huge_pages(),
             memtype: leaf.memtype,
             is_host_mmio: leaf.is_host_mmio,
-            ad: role.ad_mode(format),
+            ad: role.ad_mode(self.host),
         };
         match Spte::leaf(format, &args) {
             Ok(spte) => Some((spte, write_protect)),

@@ -7,7 +7,8 @@
 //! word comes from KVM; roles of pages below are derived from it here.
 
 use crate::mmu::{
-    spte::{AdMode, SpteFormat},
+    host::Host,
+    spte::AdMode,
     types::{Level, ACC_ALL},
 };
 
@@ -169,10 +170,10 @@ impl PageRole {
     ///
     /// Page-modification logging would log the nested guest's addresses.
     #[inline]
-    pub(super) fn ad_mode(self, format: &SpteFormat) -> AdMode {
+    pub(super) fn ad_mode<H: Host>(self, host: &H) -> AdMode {
         if self.is_ad_disabled() {
             AdMode::Disabled
-        } else if self.is_guest_mode() && format.pml {
+        } else if self.is_guest_mode() && host.pml() {
             AdMode::WriteProtectOnly
         } else {
             AdMode::Enabled

@@ -114,7 +114,7 @@ impl Tdp {
             nx_huge_page: false,
             memtype: fault.memtype,
             is_host_mmio: false,
-            ad: role.ad_mode(format),
+            ad: role.ad_mode(host),
         };
         let mut count = 0i64;
         let mut gfn = range.start;

@@ -138,7 +138,7 @@ fn fits_link<H: Host, R: RcuRead>(host: &H, root: &Table, entry: &Entry<'_>, rcu
     };
     table.hpa() == entry.spte.hpa(host.format())
         && table.gfn() == entry.gfn
-        && table.role() == root.role().with_level(level)
+        && table.role() == root.role().with_level(level).complete()
 }
 
 fn audit_leaf<H: Host, S: Frames, F: FnMut(Finding)>(

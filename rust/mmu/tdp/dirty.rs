@@ -47,7 +47,7 @@ impl Tdp {
     ) {
         let format = host.format();
         let cleared = self.clear_in_range(host, lock, smm, range, Level::L4K, |root| {
-            let by_protection = root.role().tracks_writes_by_protection(format);
+            let by_protection = root.role().tracks_writes_by_protection(host);
             Spte::dirty_bit(format, by_protection)
         });
         // Who switches the log on flushes in any case.
@@ -147,7 +147,7 @@ impl Tdp {
             base_gfn.add(u64::from(64u32.wrapping_sub(mask.leading_zeros()))),
         );
         self.any_root_rcu(Which::valid(smm), &rcu, |root| {
-            let by_protection = wrprot || root.role().tracks_writes_by_protection(format);
+            let by_protection = wrprot || root.role().tracks_writes_by_protection(host);
             let bits = Spte::dirty_bit(format, by_protection);
             let range = mapped_by(host, root, wanted);
             if range.is_empty() {

@@ -219,7 +219,7 @@ impl Tdp {
             nx_huge_page: fault.nx_workaround,
             memtype: fault.memtype,
             is_host_mmio: fault.is_host_mmio,
-            ad: role.ad_mode(format),
+            ad: role.ad_mode(host),
         };
         let Ok(new) = Spte::leaf(format, &args) else {
             host.bug("rmmu: an entry would have reserved bits set");

@@ -221,9 +221,9 @@ fn clearing_a_range_clears_what_the_format_tracks_writes_by() {
 
 #[test]
 fn a_nested_tree_is_tracked_by_protection_when_the_cpu_logs() {
-    let mut format = ept(true);
-    format.pml = true;
-    let vm = Vm::new(format, 1);
+    let format = ept(true);
+    let mut vm = Vm::new(format, 1);
+    vm.host.pml = true;
     let role = rmmu_engine::mmu::Role {
         guest_mode: true,
         word: 1,

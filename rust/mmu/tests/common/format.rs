@@ -45,7 +45,6 @@ pub fn npt() -> SpteFormat {
         bad_mt_xwr: 0,
         ad_enabled: true,
         mmio_caching: true,
-        pml: false,
         max_gfn: Gfn((1 << 34) - 1),
     }
 }
@@ -97,7 +96,6 @@ pub fn ept(ad_enabled: bool) -> SpteFormat {
             | 0x1010_1010_1010_1010,
         ad_enabled,
         mmio_caching: true,
-        pml: false,
         max_gfn: Gfn((1 << 34) - 1),
     }
 }

@@ -60,6 +60,8 @@ pub struct Slot {
 /// See the module.
 pub struct FakeHost {
     format: SpteFormat,
+    /// The CPU logs what it writes.
+    pub pml: bool,
     frames: Vec<Frame>,
     free: Mutex<Vec<usize>>,
     used: AtomicU64,
@@ -154,6 +156,7 @@ impl FakeHost {
         };
         FakeHost {
             format,
+            pml: false,
             frames: (0..TABLES).map(frame).collect(),
             free: Mutex::new((0..TABLES).rev().collect()),
             used: AtomicU64::new(0),
@@ -301,6 +304,10 @@ unsafe impl Host for FakeHost {
 
     fn format(&self) -> &SpteFormat {
         &self.format
+    }
+
+    fn pml(&self) -> bool {
+        self.pml
     }
 
     fn table_of(&self, hpa: Hpa) -> TablePtr {

@@ -131,6 +131,11 @@ unsafe impl<'m> Host for Cpu<'m> {
         &self.machine.format
     }
 
+    fn pml(&self) -> bool {
+        // Of nested guests only, which no model has.
+        false
+    }
+
     fn table_of(&self, hpa: Hpa) -> TablePtr {
         self.machine.table_at(hpa)
     }

@@ -4,7 +4,7 @@
 
 use crate::{
     explore::{explore, BOUNDED, UNBOUNDED},
-    vm::{ept_with_pml, ept_without_ad, npt, range, Vm},
+    vm::{ept_with_ad, ept_without_ad, npt, range, Vm},
 };
 use rmmu_engine::mmu::{Gfn, Host, Level, SpteFormat};
 use std::sync::Arc;
@@ -51,7 +51,7 @@ fn aging_and_a_fast_fault_lose_no_write_to_the_log() {
 #[test]
 fn the_cpu_logs_what_is_written_after_dirty_bits_were_cleared() {
     explore(UNBOUNDED, &["copied"], || {
-        let vm = written_page(ept_with_pml(), 2);
+        let vm = written_page(ept_with_ad(), 2);
         let guest = vm.spawn(1, |cpu| {
             cpu.guest_write_logged(0);
             cpu.guest_write_logged(0);

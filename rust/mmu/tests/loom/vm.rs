@@ -30,12 +30,9 @@ pub fn ept_without_ad() -> SpteFormat {
     for_models(format::ept(false))
 }
 
-/// EPT with accessed and dirty bits, and dirty pages logged by the CPU.
-pub fn ept_with_pml() -> SpteFormat {
-    SpteFormat {
-        pml: true,
-        ..for_models(format::ept(true))
-    }
+/// EPT with accessed and dirty bits, where the CPU can log dirty pages.
+pub fn ept_with_ad() -> SpteFormat {
+    for_models(format::ept(true))
 }
 
 fn for_models(format: SpteFormat) -> SpteFormat {

@@ -120,6 +120,8 @@ impl Slot {
 /// See the module.
 pub struct Machine {
     format: SpteFormat,
+    /// The CPU logs what it writes.
+    pub pml: bool,
     arena: NonNull<u8>,
     headers: NonNull<u8>,
     states: RefCell<Vec<State>>,
@@ -200,6 +202,7 @@ impl Machine {
         }
         Machine {
             format,
+            pml: false,
             arena,
             headers,
             states: RefCell::new(vec![State::Free; PAGES]),
@@ -418,6 +421,10 @@ unsafe impl Host for Machine {
 
     fn format(&self) -> &SpteFormat {
         &self.format
+    }
+
+    fn pml(&self) -> bool {
+        self.pml
     }
 
     fn table_of(&self, _hpa: Hpa) -> TablePtr {
