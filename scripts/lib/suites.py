@@ -56,27 +56,27 @@ EFFORTS = {
 }
 
 
-def matches(test, pattern):
-    return not pattern or pattern in test.name or fnmatch.fnmatch(test.name, pattern)
+def matches(test, patterns):
+    return not patterns or any(pattern in test.name or fnmatch.fnmatch(test.name, pattern) for pattern in patterns)
 
 
-def select(tests, on_rmmu, effort, pattern, debug, vmx=False):
+def select(tests, on_rmmu, effort, patterns, debug, vmx=False):
     """The tests of a list that this run wants."""
     return [test for test in tests
             if (on_rmmu or "rmmu" not in test.tags)
             and EFFORTS[effort](test.tags)
             and (debug or "faults" not in test.tags)
             and not (vmx and "tcg" in test.tags)
-            and matches(test, pattern)]
+            and matches(test, patterns)]
 
 
-def run(environment, suite, mode, module, tally, logs, effort="normal", pattern=None):
+def run(environment, suite, mode, module, tally, logs, effort="normal", patterns=None):
     """Run a suite in a mode, on rmmu when there is a module; results go into the tally."""
     who = "rmmu" if module else "in-tree"
     debug = environment.booted.debug
     vmx = bool(testvm.MODES[mode].model)
-    tests = select(suite.tests, bool(module), effort, pattern, debug, vmx)
-    elsewhere = [test.name for test in select(suite.tests, bool(module), effort, pattern, True, vmx) if test not in tests]
+    tests = select(suite.tests, bool(module), effort, patterns, debug, vmx)
+    elsewhere = [test.name for test in select(suite.tests, bool(module), effort, patterns, True, vmx) if test not in tests]
     if elsewhere:
         ui.line(f"not for this kernel, which cannot make allocations fail (scripts/check --kernel debug): "
                 f"{', '.join(elsewhere)}")
