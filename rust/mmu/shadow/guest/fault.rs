@@ -26,6 +26,8 @@ impl ErrorCode {
     pub const FETCH: ErrorCode = ErrorCode(1 << 4);
     /// A protection key forbids it.
     pub const PK: ErrorCode = ErrorCode(1 << 5);
+    /// An access to a shadow stack.
+    pub const SHADOW_STACK: ErrorCode = ErrorCode(1 << 6);
     /// Nested: the access itself.
     pub const GUEST_FINAL: ErrorCode = ErrorCode(1 << 32);
     /// Nested: the nested guest's CPU reads its own page tables.
@@ -89,7 +91,7 @@ mod qualification {
 
 /// The error code for an access that failed because of `cause`.
 pub(super) fn error_code(context: &GuestContext, kind: ErrorCode, cause: ErrorCode) -> ErrorCode {
-    let mut code = cause | kind.of(ErrorCode::WRITE | ErrorCode::USER);
+    let mut code = cause | kind.of(ErrorCode::WRITE | ErrorCode::USER | ErrorCode::SHADOW_STACK);
     if context.reports_fetch {
         code = code | kind.of(ErrorCode::FETCH);
     }

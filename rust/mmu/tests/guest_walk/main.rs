@@ -448,3 +448,32 @@ fn a_nested_fault_keeps_its_stage() {
     }
     assert!(faults > 100);
 }
+
+/// The CPU says of an access to a shadow stack that it was one, and a nested hypervisor is told. It has no part in what is
+/// allowed: nobody shadows protection of shadow stacks.
+#[test]
+fn a_fault_of_a_shadow_stack_says_so() {
+    let mut random = Random(29);
+    let (mut faults, mut walks) = (0, 0);
+    for _ in 0..1000 {
+        let cpu = random_cpu(&mut random, Mode::Level4);
+        let mut context = context(&cpu);
+        context.nested = true;
+        let memory = Memory::new(&mut random, &cpu);
+        let address = random.next();
+        let plain = ErrorCode::GUEST_FINAL | ErrorCode::USER | ErrorCode::WRITE;
+        let of_stack = plain | ErrorCode::SHADOW_STACK;
+        let usual = walk::<Paging64, _>(&memory, &context, address, plain);
+        let found = walk::<Paging64, _>(&memory, &context, address, of_stack);
+        match (usual, found) {
+            (Err(Stop::Fault(usual)), Err(Stop::Fault(fault))) => {
+                assert_eq!(fault.error_code, usual.error_code | ErrorCode::SHADOW_STACK);
+                faults += 1;
+            }
+            (Ok(_), Ok(_)) => walks += 1,
+            (usual, found) => assert_eq!(usual.is_ok(), found.is_ok()),
+        }
+    }
+    assert!(faults > 100);
+    assert!(walks > 10);
+}
