@@ -86,6 +86,11 @@ impl Vm {
         if range.is_empty() {
             return;
         }
+        // Some callers hold neither slots_lock nor SRCU, and slots are looked at below.
+        kvm.with_srcu(|| self.zap_range_of_slots(kvm, range));
+    }
+
+    fn zap_range_of_slots(&self, kvm: &Kvm, range: GfnRange) {
         let mut lock = kvm.write_lock();
         kvm.invalidating(&mut lock, range.start.0, range.end.0, |lock| {
             let host = self.host();
