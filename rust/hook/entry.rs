@@ -11,7 +11,7 @@
 #![allow(clippy::unused_unit)]
 
 use crate::{
-    kvm::{bindings::*, calls::orig, Kvm, Mmu, RootSet, Slot, Vcpu},
+    kvm::{bindings::*, calls::orig, walk::Walk, Kvm, Mmu, RootSet, Slot, Vcpu},
     mmu::types::{Gfn, GfnRange, Level},
     vm::{self, Vm},
 };
@@ -248,11 +248,10 @@ vcpu_handlers! {
     }
 
     /// The guest invalidates translations of an address.
-    fn rmmu_kvm_mmu_invalidate_addr(vcpu, vm, mmu: *mut kvm_mmu, addr: u64, roots: c_ulong) -> () = (), {
+    fn rmmu_kvm_mmu_invalidate_addr(vcpu, vm, walk: *mut Walk, addr: u64, roots: c_ulong) -> () = (), {
         // SAFETY: the function itself, which without roots flushes the TLB and looks at no table.
-        unsafe { orig::kvm_mmu_invalidate_addr(vcpu.as_ptr(), mmu, addr, 0) };
-        // SAFETY: a context of a vCPU that this thread holds.
-        vm.invalidate_addr(vcpu, unsafe { Mmu::from_raw(mmu) }, addr, RootSet(roots as u64))
+        unsafe { orig::kvm_mmu_invalidate_addr(vcpu.as_ptr(), walk, addr, 0) };
+        vm.invalidate_addr(vcpu, vcpu.mmu_of_walk(walk), addr, RootSet(roots as u64))
     }
 
     /// KVM prints the entries of an address it cannot make sense of.

@@ -8,6 +8,8 @@
  * VM), FILE (first argument is the VM's file), or ANY (always ours: the function that decides who owns a VM). The Rust handler of FUNCTION is rmmu_FUNCTION, in
  * rust/hook/entry.rs. scripts/check-hooks compares this table with what the kernel's objects let others reach.
  *
+ * RMMU_WALK is the struct that says how a guest pages, whose name depends on the kernel (rust/kvm/walk.h).
+ *
  * Included several times, with different definitions of RMMU_HOOK: no include guard.
  */
 /* hook-table-begin */
@@ -32,7 +34,7 @@ RMMU_HOOK(kvm_arch_vcpu_pre_fault_memory, VCPU, "long int(struct kvm_vcpu *, str
 /* Keeping shadow pages in step with the guest's tables */
 RMMU_HOOK(kvm_mmu_track_write, VCPU, "void(struct kvm_vcpu *, gpa_t, const u8 *, int)")
 RMMU_HOOK(__kvm_mmu_unprotect_gfn_and_retry, VCPU, "bool(struct kvm_vcpu *, gpa_t, bool)")
-RMMU_HOOK(kvm_mmu_invalidate_addr, VCPU, "void(struct kvm_vcpu *, struct kvm_mmu *, u64, long unsigned int)")
+RMMU_HOOK(kvm_mmu_invalidate_addr, VCPU, "void(struct kvm_vcpu *, " RMMU_WALK " *, u64, long unsigned int)")
 RMMU_HOOK(kvm_mmu_change_mmu_pages, VM, "void(struct kvm *, long unsigned int)")
 RMMU_HOOK(kvm_mmu_print_sptes, VCPU, "void(struct kvm_vcpu *, gpa_t, const char *)")
 /* mmu_notifier */

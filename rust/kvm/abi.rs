@@ -48,7 +48,7 @@ macro_rules! layouts {
     };
 }
 
-/// What rmmu, and KVM's inline functions in it, know of KVM's structs.
+/// What rmmu, and KVM's inline functions in it, know of KVM's structs on every kernel.
 static LAYOUTS: &[Layout] = layouts! {
     kvm {
         mmu_lock, slots_lock, mm, memslots, nr_memslots_dirty_logging, stat, arch, users_count,
@@ -67,16 +67,14 @@ static LAYOUTS: &[Layout] = layouts! {
     }
     kvm_vcpu { kvm, vcpu_id, requests, stat, arch, run }
     kvm_vcpu_arch {
-        mmu, root_mmu, guest_mmu, nested_mmu, walk_mmu, mmu_shadow_page_cache, mmu_page_header_cache, apf,
+        mmu, root_mmu, guest_mmu, mmu_shadow_page_cache, mmu_page_header_cache, apf,
         mmio_gva, mmio_access, mmio_gfn, mmio_gen, mmu_pte_list_desc_cache, mmu_shadowed_info_cache, pkru, rip, regs_avail,
         cr4, cr4_guest_owned_bits, last_retry_eip, last_retry_addr, exception, interrupt, nmi_injected, hflags,
     }
     kvm_vcpu_stat { pf_taken, pf_fixed, pf_emulate, pf_spurious, pf_fast, pf_mmio_spte_created, tlb_flush }
     kvm_mmu {
-        get_guest_pgd, get_pdptr, page_fault, sync_spte, root, mirror_root_hpa, cpu_role, root_role, pkru_mask, prev_roots,
-        permissions, pae_root, pml4_root, pml5_root, guest_rsvd_check,
+        page_fault, sync_spte, root, mirror_root_hpa, root_role, prev_roots, pae_root, pml4_root, pml5_root,
     }
-    rsvd_bits_validate { rsvd_bits_mask, bad_mt_xwr }
     x86_exception { vector, error_code_valid, error_code, nested_page_fault, async_page_fault, exit_qualification }
     kvm_mmu_root_info { pgd, hpa }
     kvm_mmu_page { tdp_mmu_page, role, gfn, spt, has_mapped_host_mmio, callback_head }
@@ -91,7 +89,7 @@ static LAYOUTS: &[Layout] = layouts! {
     kvm_arch_async_pf { token, gfn, cr3, direct_map, error_code }
     kvm_pre_fault_memory { gpa, size, flags }
     kvm_host_values { maxphyaddr }
-    kvm_x86_ops { load_mmu_pgd, flush_tlb_current, get_mt_mask, cache_reg, nested_ops }
+    kvm_x86_ops { load_mmu_pgd, flush_tlb_current, get_mt_mask, cache_reg }
     kvm_x86_nested_ops { write_log_dirty }
     kvm_page_fault { addr, error_code, gfn, pfn, goal_level }
     tracepoint { key }
@@ -109,6 +107,31 @@ static LAYOUTS: &[Layout] = layouts! {
         flags, __bindgen_anon_1.__bindgen_anon_1.private, __bindgen_anon_1.__bindgen_anon_3.compound_info,
     }
 };
+
+/// The same of how a guest pages, where the context that shadows it has all of that.
+#[cfg(not(rmmu_has_pagewalk))]
+static WALK_LAYOUTS: &[Layout] = layouts! {
+    kvm_vcpu_arch { nested_mmu, walk_mmu }
+    kvm_mmu { get_guest_pgd, get_pdptr, cpu_role, pkru_mask, permissions, guest_rsvd_check }
+    rsvd_bits_validate { rsvd_bits_mask, bad_mt_xwr }
+};
+
+/// The same of how a guest pages, where walks are apart from contexts.
+#[cfg(rmmu_has_pagewalk)]
+static WALK_LAYOUTS: &[Layout] = layouts! {
+    kvm_vcpu_arch { ngpa_walk, gva_walk }
+    kvm_mmu { w }
+    kvm_pagewalk { get_guest_pgd, get_pdptr, cpu_role, fmt }
+    kvm_page_format { rsvd_bits_mask, bad_mt_xwr, pkru_mask, permissions }
+};
+
+/// The same of where the vendor module's operations for nested guests are, where its table points to them.
+#[cfg(not(rmmu_has_nested_ops_table))]
+static NESTED_LAYOUTS: &[Layout] = layouts! { kvm_x86_ops { nested_ops } };
+
+/// The same where kvm.ko has a copy of them.
+#[cfg(rmmu_has_nested_ops_table)]
+static NESTED_LAYOUTS: &[Layout] = &[];
 
 /// A reference to a BTF that the kernel has.
 struct Loaded(NonNull<c_void>);
@@ -197,7 +220,10 @@ pub fn check() -> Result {
     let kvm = Btf::new(blob, Some(&kernel), &mut room).map_err(|_| unreadable("kvm.ko"))?;
 
     let mut wanted = KVVec::new();
-    for layout in LAYOUTS {
+    for layout in [LAYOUTS, WALK_LAYOUTS, NESTED_LAYOUTS]
+        .into_iter()
+        .flatten()
+    {
         wanted.push(Wanted::new(Expected::Layout(layout)), GFP_KERNEL)?;
     }
     for table in [

@@ -17,6 +17,8 @@
     improper_ctypes,
     unreachable_pub,
     unsafe_op_in_unsafe_fn,
+    // rustc 1.85 does not know all of these.
+    unknown_lints,
     unused_imports,
     unnecessary_transmutes,
     unused_unsafe

@@ -172,7 +172,9 @@ impl<'a> Btf<'a> {
         let mut free = marks.iter_mut();
         let mut count = 0u32;
         while !rest.is_empty() {
-            if count.is_multiple_of(STEP) {
+            // rustc 1.85 has no stable is_multiple_of().
+            #[allow(clippy::manual_is_multiple_of)]
+            if count % STEP == 0 {
                 let at = types.len().checked_sub(rest.len()).ok_or(Malformed)?;
                 *free.next().ok_or(Malformed)? = u32::try_from(at).map_err(|_| Malformed)?;
             }

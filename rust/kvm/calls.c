@@ -15,6 +15,7 @@
 #include "kvm_mm.h"
 #include "glue.h"
 #include "shadow_glue.h"
+#include "walk.h"
 
 /* Static in kvm.ko: no header declares them. */
 bool kvm_nx_huge_page_recovery_worker(void *data);
@@ -113,10 +114,8 @@ DEFINE_STATIC_CALL_RET0(rmmu_x86_write_log_dirty, rmmu_vendor_write_log_dirty);
 #define RMMU_BIND_OPTIONAL(name, op)						\
 	static_call_update(rmmu_x86_##name, (void *)(op) ?: (void *)__static_call_return0)
 
-bool rmmu_bind_vendor(const struct kvm_x86_ops *ops)
+bool rmmu_bind_vendor(const struct kvm_x86_ops *ops, const struct kvm_x86_nested_ops *nested)
 {
-	const struct kvm_x86_nested_ops *nested = ops->nested_ops;
-
 	static_call_update(rmmu_x86_load_mmu_pgd, ops->load_mmu_pgd);
 	static_call_update(rmmu_x86_flush_tlb_current, ops->flush_tlb_current);
 	static_call_update(rmmu_x86_cache_reg, ops->cache_reg);

@@ -76,6 +76,6 @@ pub(crate) mod orig {
         kvm_mmu_after_set_cpuid = "__SCT__rmmu_orig_kvm_mmu_after_set_cpuid"(*mut kvm_vcpu);
         kvm_arch_vm_ioctl = "__SCT__rmmu_orig_kvm_arch_vm_ioctl"(*mut file, u32, u64) -> c_int;
         kvm_vm_ioctl_enable_cap = "__SCT__rmmu_orig_kvm_vm_ioctl_enable_cap"(*mut kvm, *mut kvm_enable_cap) -> c_int;
-        kvm_mmu_invalidate_addr = "__SCT__rmmu_orig_kvm_mmu_invalidate_addr"(*mut kvm_vcpu, *mut kvm_mmu, u64, usize);
+        kvm_mmu_invalidate_addr = "__SCT__rmmu_orig_kvm_mmu_invalidate_addr"(*mut kvm_vcpu, *mut crate::kvm::walk::Walk, u64, usize);
     }
 }

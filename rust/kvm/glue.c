@@ -165,7 +165,10 @@ unsigned int rmmu_memory_encrypt_op(void) { return KVM_MEMORY_ENCRYPT_OP; }
 void rmmu_release_unused(struct page *page) { put_page(page); }
 void rmmu_request_load_pgd(struct kvm_vcpu *vcpu) { kvm_make_request(KVM_REQ_LOAD_MMU_PGD, vcpu); }
 void rmmu_request_apf_halt(struct kvm_vcpu *vcpu) { kvm_make_request(KVM_REQ_APF_HALT, vcpu); }
-bool rmmu_take_vm_dead(struct kvm_vcpu *vcpu) { return kvm_check_request(KVM_REQ_VM_DEAD, vcpu); }
+/* Tested, not taken: who is dead stays dead, and newer kernels refuse to build what takes it. */
+bool rmmu_is_vm_dead(struct kvm_vcpu *vcpu) { return kvm_test_request(KVM_REQ_VM_DEAD, vcpu); }
+bool rmmu_get_module(void) { return try_module_get(THIS_MODULE); }
+void rmmu_put_module(void) { module_put(THIS_MODULE); }
 
 bool rmmu_take_free_obsolete_roots(struct kvm_vcpu *vcpu)
 {

@@ -35,7 +35,11 @@ extern const struct rmmu_function rmmu_core[];
 extern const unsigned long rmmu_core_len;
 
 /* Returns whether memory types matter. */
-bool rmmu_bind_vendor(const struct kvm_x86_ops *ops);
+bool rmmu_bind_vendor(const struct kvm_x86_ops *ops, const struct kvm_x86_nested_ops *nested);
+
+/* A reference on this module. */
+bool rmmu_get_module(void);
+void rmmu_put_module(void);
 
 /* The byte whose address marks the VMs that are ours. */
 extern char rmmu_owner_mark;
@@ -88,7 +92,7 @@ void rmmu_release_unused(struct page *page);
 unsigned int rmmu_memory_encrypt_op(void);
 void rmmu_request_load_pgd(struct kvm_vcpu *vcpu);
 void rmmu_request_apf_halt(struct kvm_vcpu *vcpu);
-bool rmmu_take_vm_dead(struct kvm_vcpu *vcpu);
+bool rmmu_is_vm_dead(struct kvm_vcpu *vcpu);
 bool rmmu_take_free_obsolete_roots(struct kvm_vcpu *vcpu);
 int rmmu_req_free_obsolete_roots(void);
 int rmmu_req_apic_page_reload(void);

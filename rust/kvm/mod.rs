@@ -22,6 +22,7 @@ pub mod table;
 pub mod trace;
 pub mod vcpu;
 pub mod vm;
+pub mod walk;
 
 pub use slot::Slot;
 pub use vcpu::{Mmu, RootSet, Vcpu};

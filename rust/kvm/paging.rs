@@ -3,7 +3,7 @@
 //! The guest's own paging: its context, which KVM computes, and its memory, where its page tables are.
 
 use crate::{
-    kvm::{bindings, calls, trace, vcpu::Mmu, vcpu::Vcpu},
+    kvm::{bindings, calls, trace, vcpu::Mmu, vcpu::Vcpu, walk::Format},
     mmu::{
         shadow::guest::{
             Exchange, GuestContext, GuestFault, GuestMemory, WalkEvent, Width,
@@ -44,7 +44,7 @@ impl Mmu {
     fn cpu_role(&self) -> bindings::kvm_mmu_page_role__bindgen_ty_1 {
         // SAFETY: the context lives; the unions are words of bits.
         unsafe {
-            (*self.as_ptr())
+            (*self.walk())
                 .cpu_role
                 .__bindgen_anon_1
                 .base
@@ -55,7 +55,7 @@ impl Mmu {
     fn extended_role(&self) -> bindings::kvm_mmu_extended_role__bindgen_ty_1 {
         // SAFETY: as above.
         unsafe {
-            (*self.as_ptr())
+            (*self.walk())
                 .cpu_role
                 .__bindgen_anon_1
                 .ext
@@ -106,17 +106,14 @@ impl Vcpu {
             [0; 4]
         };
         let root = self.guest_root();
-        // SAFETY: the context and the vCPU live and are this thread's.
-        let (rsvd, bad_mt_xwr, permissions, pkru_mask, pkru) = unsafe {
-            let raw = mmu.as_ptr();
-            (
-                (*raw).guest_rsvd_check.rsvd_bits_mask,
-                (*raw).guest_rsvd_check.bad_mt_xwr,
-                (*raw).permissions,
-                (*raw).pkru_mask,
-                (*self.as_ptr()).arch.pkru,
-            )
-        };
+        let Format {
+            rsvd,
+            bad_mt_xwr,
+            permissions,
+            pkru_mask,
+        } = mmu.format();
+        // SAFETY: the vCPU lives and is this thread's.
+        let pkru = unsafe { (*self.as_ptr()).arch.pkru };
         // SAFETY: the vCPU is loaded by this thread.
         let ac = ext.cr4_smap() != 0 && unsafe { bindings::rmmu_guest_ac(self.as_ptr()) };
         let ept = paging == GuestPaging::Ept;
@@ -136,12 +133,6 @@ impl Vcpu {
             pkru,
             ac,
         })
-    }
-
-    /// The current context does not translate the addresses that instructions use: a nested hypervisor made its tables.
-    fn mmu_is_not_walked(&self) -> bool {
-        // SAFETY: the vCPU lives and is this thread's.
-        unsafe { (*self.as_ptr()).arch.mmu != (*self.as_ptr()).arch.walk_mmu }
     }
 
     /// Gives the guest, or the nested hypervisor, the fault that its tables are the reason of.

@@ -128,11 +128,11 @@ impl<T: Copy> Variable<T> {
 }
 
 macro_rules! variables {
-    ($($variable:ident: $ty:ty = $name:literal,)*) => {
-        $(static $variable: Variable<$ty> = Variable::new();)*
+    ($($(#[$attribute:meta])* $variable:ident: $ty:ty = $name:literal,)*) => {
+        $($(#[$attribute])* static $variable: Variable<$ty> = Variable::new();)*
 
         fn bind_variables() -> Result {
-            $($variable.bind($name)?;)*
+            $($(#[$attribute])* { $variable.bind($name)?; })*
             Ok(())
         }
     };
@@ -147,6 +147,8 @@ variables! {
     NX_RECOVERY_PERIOD: u32 = c"nx_huge_pages_recovery_period_ms",
     HEADER_CACHE: *mut bindings::kmem_cache = c"mmu_page_header_cache",
     OPERATIONS: bindings::kvm_x86_ops = c"kvm_x86_ops",
+    #[cfg(rmmu_has_nested_ops_table)]
+    NESTED_OPERATIONS: bindings::kvm_x86_nested_ops = c"kvm_nested_ops",
     TDP_ENABLED: bool = c"tdp_enabled",
     TDP_MMU_ENABLED: bool = c"tdp_mmu_enabled",
     MAX_HUGE_PAGE_LEVEL: i32 = c"max_huge_page_level",
@@ -235,11 +237,24 @@ pub fn kvm_tdp_mmu() -> bool {
     TDP_MMU_ENABLED.read()
 }
 
+/// The vendor module's operations for nested guests, of which kvm.ko has a copy.
+#[cfg(rmmu_has_nested_ops_table)]
+fn nested_operations() -> *const bindings::kvm_x86_nested_ops {
+    NESTED_OPERATIONS.address()
+}
+
+/// The vendor module's operations for nested guests, which its table points to.
+#[cfg(not(rmmu_has_nested_ops_table))]
+fn nested_operations() -> *const bindings::kvm_x86_nested_ops {
+    // SAFETY: kvm.ko's table of operations, filled in while a VM exists or is created.
+    unsafe { (*OPERATIONS.address()).nested_ops }
+}
+
 /// Binds the vendor module's operations. Returns whether it matters if a page is a device's: for memory types, memory
 /// encryption, or buffers that must be cleared.
 pub fn bind_vendor() -> bool {
     // SAFETY: kvm.ko's table of operations, filled in while a VM exists or is created.
-    let memtypes = unsafe { bindings::rmmu_bind_vendor(OPERATIONS.address()) };
+    let memtypes = unsafe { bindings::rmmu_bind_vendor(OPERATIONS.address(), nested_operations()) };
     // SAFETY: no precondition.
     let buffers = unsafe { bindings::rmmu_host_mmio_buffers() };
     memtypes || buffers || ME_VALUE.read() != 0

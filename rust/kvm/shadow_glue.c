@@ -13,14 +13,15 @@
 #include "kvm_emulate.h"
 #include "glue.h"
 #include "shadow_glue.h"
+#include "walk.h"
 
 /*
  * The guest's paging. Members of a paging context are called through their pointers: that is how KVM calls them, too, so
  * they have an ENDBR.
  */
 
-u64 rmmu_guest_pgd(struct kvm_vcpu *vcpu, struct kvm_mmu *mmu) { return mmu->get_guest_pgd(vcpu); }
-u64 rmmu_guest_pdptr(struct kvm_vcpu *vcpu, struct kvm_mmu *mmu, int index) { return mmu->get_pdptr(vcpu, index); }
+u64 rmmu_guest_pgd(struct kvm_vcpu *vcpu, struct kvm_mmu *mmu) { return rmmu_walk(mmu)->get_guest_pgd(vcpu); }
+u64 rmmu_guest_pdptr(struct kvm_vcpu *vcpu, struct kvm_mmu *mmu, int index) { return rmmu_walk(mmu)->get_pdptr(vcpu, index); }
 
 /* CR4.PAE. is_pae() refers to a symbol of kvm.ko, though it has no use for it: a guest never owns that bit. */
 static_assert(!(KVM_POSSIBLE_CR4_GUEST_BITS & X86_CR4_PAE));

@@ -507,9 +507,9 @@ impl Vcpu {
     }
 
     /// Takes the request that says the VM is dead.
-    pub fn take_vm_dead(&self) -> bool {
+    pub fn is_vm_dead(&self) -> bool {
         // SAFETY: the vCPU lives.
-        unsafe { bindings::rmmu_take_vm_dead(self.as_ptr()) }
+        unsafe { bindings::rmmu_is_vm_dead(self.as_ptr()) }
     }
 
     /// Whether a page that takes I/O may come in while the guest goes on.

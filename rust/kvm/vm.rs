@@ -29,7 +29,7 @@ pub static rmmu_owner_mark: u8 = 0;
 /// Takes a reference on this module.
 pub fn get_module() -> Result {
     // SAFETY: the module is live: it is hooked, and runs.
-    if unsafe { kernel::bindings::try_module_get(crate::THIS_MODULE.as_ptr()) } {
+    if unsafe { bindings::rmmu_get_module() } {
         Ok(())
     } else {
         Err(ENODEV)
@@ -39,7 +39,7 @@ pub fn get_module() -> Result {
 /// Gives a reference on this module back.
 pub fn put_module() {
     // SAFETY: pairs with `get_module`.
-    unsafe { kernel::bindings::module_put(crate::THIS_MODULE.as_ptr()) }
+    unsafe { bindings::rmmu_put_module() }
 }
 
 /// A VM.

@@ -281,7 +281,7 @@ impl Vm {
             if vcpu::signal_pending() {
                 return Err(EINTR);
             }
-            if vcpu.take_vm_dead() {
+            if vcpu.is_vm_dead() {
                 return Err(EIO);
             }
             vcpu::cond_resched();

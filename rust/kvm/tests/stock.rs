@@ -20,7 +20,7 @@ fn with_btf(test: impl Fn(&Btf<'_>, &Btf<'_>)) {
 }
 
 /// The functions of a table, from its C source.
-fn table(text: &'static str, word: &str) -> Vec<(&'static str, &'static str)> {
+fn table<'a>(text: &'a str, word: &str) -> Vec<(&'a str, &'a str)> {
     text.lines()
         .filter_map(|line| line.strip_prefix(word)?.strip_prefix('('))
         .map(|line| {
@@ -34,11 +34,17 @@ fn table(text: &'static str, word: &str) -> Vec<(&'static str, &'static str)> {
 
 #[test]
 fn every_hooked_and_called_function_has_the_prototype_of_the_tables() {
-    let mut functions = table(include_str!("../../hook/entry_points.h"), "RMMU_HOOK");
-    functions.extend(table(include_str!("../callees.h"), "RMMU_CALL"));
-    functions.extend(table(include_str!("../calls.c"), "\tRMMU_CORE"));
-    assert!(functions.len() > 50);
     with_btf(|vmlinux, kvm| {
+        // What rust/kvm/walk.h defines.
+        let walk = match kvm.locate("kvm_pagewalk", "fmt.") {
+            Ok(Some(_)) => "struct kvm_pagewalk",
+            _ => "struct kvm_mmu",
+        };
+        let hooks = include_str!("../../hook/entry_points.h").replace("\" RMMU_WALK \"", walk);
+        let mut functions = table(&hooks, "RMMU_HOOK");
+        functions.extend(table(include_str!("../callees.h"), "RMMU_CALL"));
+        functions.extend(table(include_str!("../calls.c"), "\tRMMU_CORE"));
+        assert!(functions.len() > 50);
         let mut wanted: Vec<_> = functions
             .iter()
             .map(|f| Wanted::new(Expected::Function(f.0, f.1)))
