@@ -4,10 +4,10 @@
 # A user's own kernel: its release, or its prepared source tree.
 KVER ?=
 KDIR ?=
-# The kernel that tests boot: stock or debug.
+# The kernel that tests boot: stock, debug, or a release or series that scripts/kernels lists.
 KERNEL ?=
 
-.PHONY: module demo check check-all bench host-test shell setup refresh fmt clean clean-cache help bootstrap
+.PHONY: module demo check check-all kernels bench host-test shell setup refresh fmt clean clean-cache help bootstrap
 # The scripts make use of all processors themselves, and share directories: one at a time.
 .NOTPARALLEL:
 
@@ -25,6 +25,9 @@ check-all: bootstrap
 
 # What to measure by: virtual (instructions) or wall.
 CLOCK ?= virtual
+
+kernels: bootstrap
+	@scripts/kernels --build
 
 bench: bootstrap
 	@scripts/bench --clock '$(CLOCK)'
@@ -58,11 +61,13 @@ help:
 	@echo
 	@echo '  make              build kvm_rmmu.ko for the stock kernel into out/RELEASE/'
 	@echo '  make KDIR=TREE    build it for the kernel of a prepared source tree of your own'
-	@echo '  make KVER=RELEASE build it for an installed kernel, through /lib/modules/RELEASE/build'
+	@echo '  make KVER=RELEASE build it for a kernel of Debian (scripts/kernels lists them), or for any other of which'
+	@echo '                    /lib/modules/RELEASE/build is a prepared source tree'
 	@echo '  make demo         boot a Linux guest on in-tree KVM and on rmmu, side by side'
 	@echo '  make check        all that CI tests: host tests, lints, module build, tests in the VM'
 	@echo '  make check KERNEL=debug  the tests in the VM, on a kernel that checks memory, locks, RCU and leaks (hours)'
 	@echo '  make check-all    every test in every mode; writes out/selftests.tsv'
+	@echo '  make kernels      build it for every kernel of scripts/supported-kernels that the archive has (an hour, once)'
 	@echo '  make bench        measure rmmu against in-tree KVM by instructions (CLOCK=wall: by time)'
 	@echo '  make host-test    tests and lints of the engine, without a VM'
 	@echo '  make shell        a shell in the test VM with the module loaded'

@@ -46,16 +46,26 @@ class Offer:
     valid_until: bool
     versions: dict
     kernels: list
+    suite: str = SUITE
+
+
+@dataclass(frozen=True)
+class Supported:
+    """A line of scripts/supported-kernels: a series, the suite that has its kernels, and the suite of the compilers."""
+    series: str
+    suite: str
+    tools: str
+
+
+def supported():
+    """The lines of scripts/supported-kernels."""
+    rows = (text.partition("#")[0].split() for text in SUPPORTED_KERNELS.read_text().splitlines())
+    return [Supported(*row) for row in rows if row]
 
 
 def supported_series():
     """The kernel series that rmmu can be built for, from scripts/supported-kernels."""
-    series = []
-    for text in SUPPORTED_KERNELS.read_text().splitlines():
-        text = text.partition("#")[0].strip()
-        if text:
-            series.append(text.split()[0])
-    return series
+    return list(dict.fromkeys(row.series for row in supported()))
 
 
 def series_of(version):
@@ -86,12 +96,13 @@ def choose_kernel(offer):
 class _Apt:
     """apt with a state of its own for one suite on one mirror."""
 
-    def __init__(self, mirror, valid_until, sources_of=()):
+    def __init__(self, mirror, valid_until, sources_of=(), suite=SUITE):
         self.mirror = mirror
         self.valid_until = valid_until
         # Lists of packages, or of the source packages of some suites.
         self.sources_of = sources_of
-        self.home = cache.dir() / "apt" / (f"{SUITE}-source" if sources_of else SUITE)
+        self.suite = suite
+        self.home = cache.dir() / "apt" / (f"{suite}-source" if sources_of else suite)
 
     def options(self):
         home = self.home
@@ -113,7 +124,7 @@ class _Apt:
         for name in ("state/lists/partial", "cache/archives/partial"):
             (self.home / name).mkdir(parents=True, exist_ok=True)
         (self.home / "status").touch()
-        kinds = [("deb-src", suite) for suite in self.sources_of] or [("deb", SUITE)]
+        kinds = [("deb-src", suite) for suite in self.sources_of] or [("deb", self.suite)]
         (self.home / "sources.list").write_text("".join(
             f"{kind} [signed-by={KEYRING}] {self.mirror} {suite} main\n" for kind, suite in kinds))
 
@@ -203,7 +214,7 @@ def proxy_options():
 def _update(apt):
     """Fetches the suite's lists. An expired Release file is accepted in a second try, and said."""
     log = cache.log_path("archive")
-    with ui.step(f"archive: asking apt what Debian {SUITE} offers", log=log) as step:
+    with ui.step(f"archive: asking apt what Debian {apt.suite} offers", log=log) as step:
         apt.prepare()
         for attempt in range(4):
             log.write_bytes(b"")
@@ -214,7 +225,7 @@ def _update(apt):
                 return
             text = "\n".join(row for row in log.read_text(errors="replace").splitlines() if row[:2] in ("E:", "W:"))
             if apt.valid_until and "is expired" in text:
-                step.note(f"the mirror's Release file of {SUITE} is past its Valid-Until date (the mirror lags). "
+                step.note(f"the mirror's Release file of {apt.suite} is past its Valid-Until date (the mirror lags). "
                           "Going on without that check, for the build root only; signatures are still verified.")
                 apt.valid_until = False
             elif attempt < 3:
@@ -222,19 +233,22 @@ def _update(apt):
                 time.sleep(5)
         hint = ""
         if "NO_PUBKEY" in text:
-            hint = f"The host's {KEYRING} is too old for {SUITE}: upgrade the package debian-archive-keyring.\n"
+            hint = f"The host's {KEYRING} is too old for {apt.suite}: upgrade the package debian-archive-keyring.\n"
         elif "not valid yet" in text:
             hint = "The Release file is from the future: set the host's clock.\n"
         elif "does not have a Release file" in text:
-            hint = (f"The mirror {apt.mirror} does not have {SUITE} (any more): set RMMU_MIRROR to one that has.\n")
-        raise ui.Error(f"apt cannot fetch the lists of Debian {SUITE}.\n{hint}{text}\n(whole log: {log})")
+            hint = (f"The mirror {apt.mirror} does not have {apt.suite} (any more): set RMMU_MIRROR to one that has.\n")
+        raise ui.Error(f"apt cannot fetch the lists of Debian {apt.suite}.\n{hint}{text}\n(whole log: {log})")
 
 
-def _kernels(apt):
-    """The suite's stock kernels, newest first, that have headers and source of the very same version."""
+def _kernels(apt, flavours=False):
+    """The suite's stock kernels, newest first, that have headers and source of the very same version.
+
+    With `flavours` the kernels for clouds and for real time, too.
+    """
     pattern = re.compile(rf"linux-image-(\d.*-{ARCHITECTURE})")
     releases = [match[1] for name in apt.names("linux-image-") if (match := pattern.fullmatch(name))
-                and not re.search(r"-(rt|cloud|dbg|unsigned)-", match[1])]
+                and not re.search(r"-(dbg|unsigned)-" if flavours else r"-(rt|cloud|dbg|unsigned)-", match[1])]
     images = apt.show([f"linux-image-{release}" for release in releases])
     kernels = []
     for release in releases:
@@ -254,7 +268,8 @@ def _kernels(apt):
     return _newest_first(kernels)
 
 
-def _is_newer(version, other):
+def is_newer(version, other):
+    """Whether a version is newer than another, as dpkg has it."""
     return subprocess.run(["dpkg", "--compare-versions", version, "gt", other], check=False).returncode == 0
 
 
@@ -262,7 +277,7 @@ def _newest_first(kernels):
     ordered = []
     for kernel in kernels:
         place = 0
-        while place < len(ordered) and _is_newer(ordered[place].version, kernel.version):
+        while place < len(ordered) and is_newer(ordered[place].version, kernel.version):
             place += 1
         ordered.insert(place, kernel)
     return ordered
@@ -283,6 +298,15 @@ def ask(names):
     # A kernel cannot be built for without the compiler that its headers ask for.
     kernels = [kernel for kernel in kernels if kernel.compiler in found]
     return Offer(apt.mirror, apt.valid_until, {name: fields["Version"] for name, fields in found.items()}, kernels)
+
+
+def ask_suite(suite, names=(), with_kernels=False):
+    """What another suite offers, asked now: packages of these names, and its kernels of every flavour."""
+    apt = _Apt(mirror(), True, suite=suite)
+    _update(apt)
+    found = apt.show(sorted(names))
+    kernels = _kernels(apt, flavours=True) if with_kernels else []
+    return Offer(apt.mirror, apt.valid_until, {name: fields["Version"] for name, fields in found.items()}, kernels, suite)
 
 
 def _offer_path():
@@ -306,8 +330,7 @@ def load_complete(names):
 def _load(path, names, max_age_days, any_mirror=False):
     try:
         kept = json.loads(path.read_text())
-        offer = Offer(kept["mirror"], kept["valid_until"], kept["versions"],
-                      [KernelOffer(**kernel) for kernel in kept["kernels"]])
+        offer = _parse(kept)
         age_days = (time.time() - kept["time"]) / 86400
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -319,6 +342,33 @@ def _load(path, names, max_age_days, any_mirror=False):
     if (override and override != offer.mirror) or not needed <= offer.versions.keys():
         return None
     return offer
+
+
+def _parse(kept):
+    return Offer(kept["mirror"], kept["valid_until"], kept["versions"],
+                 [KernelOffer(**kernel) for kernel in kept["kernels"]], kept.get("suite", SUITE))
+
+
+def suite_offer(name, ask):
+    """What `ask()` says, kept under a name for OFFER_DAYS. A mirror that cannot be asked leaves what was kept before."""
+    path = cache.dir() / f"offer-{name}.json"
+    try:
+        kept = json.loads(path.read_text())
+        offer = _parse(kept)
+    except (OSError, ValueError, KeyError, TypeError):
+        kept = offer = None
+    if offer and os.environ.get("RMMU_MIRROR") in (None, "", offer.mirror) \
+            and -86400 <= time.time() - kept["time"] <= OFFER_DAYS * 86400:
+        return offer
+    try:
+        new = ask()
+    except (ui.Error, OSError, subprocess.SubprocessError) as error:
+        if not offer:
+            raise
+        ui.note(f"using what {offer.suite} offered earlier, because: {str(error).splitlines()[0]}")
+        return offer
+    _save(path, new, time.time())
+    return new
 
 
 def save(offer, hours=OFFER_DAYS * 24):
@@ -341,8 +391,9 @@ def _save(path, offer, asked):
 
 
 def discard():
-    """Forgets the offer, so that the next run asks apt."""
-    _offer_path().unlink(missing_ok=True)
+    """Forgets the offers, so that the next run asks apt."""
+    for path in (_offer_path(), *cache.dir().glob("offer-*.json")):
+        path.unlink(missing_ok=True)
 
 
 def download_source(offer, package, version, directory, step):
@@ -363,7 +414,7 @@ def download_source(offer, package, version, directory, step):
     versions = []
     for found in re.findall(r"^Version: *(\S+)$", listed, re.M):
         place = 0
-        while place < len(versions) and _is_newer(versions[place], found):
+        while place < len(versions) and is_newer(versions[place], found):
             place += 1
         if found not in (version, *versions):
             versions.insert(place, found)
@@ -399,7 +450,7 @@ def _download_tars(apt, listed, version, directory, step):
 
 def download(offer, packages, directory, step):
     """Fetches packages, {name: version}, into a directory; apt verifies them against the signed lists."""
-    apt = _Apt(offer.mirror, offer.valid_until)
+    apt = _Apt(offer.mirror, offer.valid_until, suite=offer.suite)
     wanted = [f"{name}={version}" for name, version in packages.items()]
     command = ["apt-get", *apt.options(), "download", *wanted]
     if step.run(command, cwd=directory, check=False) == 0:

@@ -10,6 +10,7 @@ The project, the cache and /tmp are seen there under the paths that they have on
 
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import ui
 PROJECT = ui.PROJECT
 PACKAGE_LIST = PROJECT / "scripts" / "root-packages"
 GIGABYTES = 5
+SUITE_GIGABYTES = 3
 
 # What the root is made with. All of it is part of the root's key.
 MMDEBSTRAP_OPTIONS = [
@@ -128,10 +130,13 @@ def _failure(argv, code, log):
     return text + (f"\n--- end of {log} ---\n{ui.tail(log)}\n--- (whole log: {log})" if log else "")
 
 
-def package_names():
-    """The packages named in scripts/root-packages."""
-    lines = (text.partition("#")[0].strip() for text in PACKAGE_LIST.read_text().splitlines())
-    return sorted({text for text in lines if text})
+def package_names(group=None):
+    """The packages named in scripts/root-packages; with `group`, those of one paragraph, by its heading."""
+    text = PACKAGE_LIST.read_text()
+    if group:
+        text = next(part for part in text.split("\n\n") if part.startswith(f"# {group}"))
+    lines = (line.partition("#")[0].strip() for line in text.splitlines())
+    return sorted({line for line in lines if line})
 
 
 def offer(refresh=False):
@@ -320,13 +325,32 @@ def _make_root(directory, found, packages):
         raise ui.Error("the archive changed while the build root was made. Run the same command again.")
 
 
+def make_of_suite(found, packages):
+    """A root of another suite with packages, {name: version}, of its offer, made if need be; it is for building only."""
+    if os.geteuid() != 0:
+        raise ui.Error(f"a kernel of Debian {found.suite} is built for in a root of that suite, which only root can make and "
+                       "enter. Run the command as root (for example with sudo).")
+    if not shutil.which("mmdebstrap"):
+        install_on_host(["mmdebstrap"])
+    parts = found.suite, packages, MMDEBSTRAP_OPTIONS
+    if not cache.is_complete("root-suite", *parts):
+        cache.require_space(SUITE_GIGABYTES, f"a root of Debian {found.suite}")
+
+    def build(directory):
+        _mmdebstrap(directory / "rootfs", found, packages, f"compilers: installing Debian {found.suite} with {len(packages)} "
+                    "packages (1 to 3 minutes)", cache.log_path(f"root-{found.suite}"))
+
+    path = cache.keyed("root-suite", *parts, keep_others=True, build=build)
+    return Root(path / "rootfs", cache.hash_key(*parts))
+
+
 def _mmdebstrap(target, found, packages, title, log):
     if not archive.KEYRING.exists():
         raise ui.Error(f"{archive.KEYRING} is missing. Install the package debian-archive-keyring.")
     options = [f"--aptopt={text}" for text in archive.proxy_options()]
     if not found.valid_until:
         options.append('--aptopt=Acquire::Check-Valid-Until "false"')
-    source = f"deb [signed-by={archive.KEYRING}] {found.mirror} {archive.SUITE} main"
+    source = f"deb [signed-by={archive.KEYRING}] {found.mirror} {found.suite} main"
     with ui.step(title, log=log) as step:
         step.run(["mmdebstrap", *MMDEBSTRAP_OPTIONS, *options, f"--include={','.join(packages)}",
-                  archive.SUITE, str(target), source])
+                  found.suite, str(target), source])

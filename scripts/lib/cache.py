@@ -180,10 +180,12 @@ def prune_unused(name):
     return prune(dir() / name)
 
 
-def prune(family, keep=None):
-    """Deletes the entries of a directory that nobody uses, except `keep`. Returns what was deleted."""
+def prune(family, keep=None, only=None):
+    """Deletes the entries of a directory that nobody uses, except `keep`, or just `only`. Returns what was deleted."""
     gone = []
     keys = {match[1] for path in family.iterdir() if (match := re.fullmatch(r"([0-9a-f]{16})(\..*)?", path.name))}
+    if only:
+        keys &= {only}
     for key in sorted(keys - {keep}):
         lock = family / f"{key}.lock"
         fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

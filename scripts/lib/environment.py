@@ -8,6 +8,8 @@ import buildroot
 import debugkernel
 import emulator
 import kernel
+import suitekernel
+import ui
 import vmxemulator
 
 KERNELS = ("stock", "debug")
@@ -15,11 +17,16 @@ KERNELS = ("stock", "debug")
 
 @dataclass
 class Environment:
-    """`kernel` is the stock kernel: upstream's tests come from its source, and Linux guests run it."""
+    """`kernel` is the stock kernel, which Linux guests run, and `booted` the one that the test VM runs.
+
+    `builder` has the compilers of the booted kernel, for modules. Upstream's tests come from the source of `tests_of`.
+    """
 
     root_handle: buildroot.Root
     kernel: kernel.Kernel
     booted: kernel.Kernel
+    builder: buildroot.Root
+    tests_of: kernel.Kernel
 
     @property
     def root(self):
@@ -37,6 +44,13 @@ class Environment:
     def busybox(self):
         return Path(self.root) / "usr/bin/busybox"
 
+    @property
+    def suffix(self):
+        """For the names of what is made for the booted kernel, so that each has its own."""
+        if self.booted.debug:
+            return "-debug"
+        return "" if self.booted is self.kernel else f"-{self.booted.release}"
+
     def mended_qemu(self):
         """QEMU with mended SVM emulation, made if need be."""
         return emulator.ensure(self.root_handle)
@@ -47,6 +61,15 @@ class Environment:
 
 
 def ensure(which="stock"):
-    """The environment with one of KERNELS in the test VM, made if need be."""
+    """The environment with one of KERNELS in the test VM, or with the kernel of that release, or with the newest one of
+    that series; made if need be."""
     root, stock = kernel.set_up()
-    return Environment(root, stock, debugkernel.ensure(root) if which == "debug" else stock)
+    if which == "debug":
+        return Environment(root, stock, debugkernel.ensure(root), root, stock)
+    if which in ("stock", stock.release):
+        return Environment(root, stock, stock, root, stock)
+    found = suitekernel.find_release(which) or suitekernel.newest(which)
+    if not found:
+        raise ui.Error(f"there is no kernel {which}: 'scripts/kernels' lists those that the archive has.")
+    builder, booted = suitekernel.ensure(found, boots=True)
+    return Environment(root, stock, booted, builder, booted)

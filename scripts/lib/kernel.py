@@ -47,6 +47,13 @@ class Kernel:
     time_factor: int = 1
     cmdline: str = ""
     qemu: tuple = ()
+    # The scripts made the tree. Those that boot, they made in any case.
+    ours: bool = False
+
+    @property
+    def in_cache(self):
+        """The tree is in the cache, where clones share it."""
+        return self.ours or self.modules_dir is not None
 
     @property
     def cc(self):
@@ -141,21 +148,36 @@ def _make(entry, root, found, chosen):
     release = chosen.release
     with ui.step(f"kernel: fetching Linux {chosen.version} ({release})", log=cache.log_path("kernel-fetch")) as step:
         archive.download(found, chosen.packages, debs, step)
-    with ui.step("kernel: unpacking image, modules and headers", log=cache.log_path("kernel-unpack")) as step:
+    headers = unpack(root, debs, image, release)
+    prepare(root, debs, headers, tree, release)
+
+
+def unpack(root, debs, image, release, boots=True):
+    """Unpacks packages of a kernel, but for its source, into `image`; returns where its headers are, or would be."""
+    headers = image / "usr" / "src" / f"linux-headers-{release}"
+    wanted = [headers / ".config", headers / "Module.symvers"] if any(debs.glob("linux-headers-*")) else []
+    wanted += [image / "usr/lib/modules" / release / "vmlinuz"] if boots else []
+    with ui.step("kernel: unpacking the packages", log=cache.log_path("kernel-unpack")) as step:
         for deb in sorted(debs.glob("*.deb")):
             if not deb.name.startswith("linux-source-"):
                 root.run(["dpkg-deb", "--extract", deb, image], log=step)
-        root.run(["depmod", "-b", image, release], log=step)
-        headers = image / "usr" / "src" / f"linux-headers-{release}"
-        for path in (image / "usr/lib/modules" / release / "vmlinuz", headers / ".config", headers / "Module.symvers"):
+        if boots:
+            root.run(["depmod", "-b", image, release], log=step)
+        for path in wanted:
             if not path.exists():
                 raise ui.Error(f"the packages of {release} hold no {path.name} where this version of rmmu looks for it "
                                f"({path.relative_to(image)}).")
+    return headers
+
+
+def prepare(root, debs, headers, tree, release):
+    """Makes a build tree of the source among the packages in `debs`, which are deleted, and of the headers."""
     with ui.step("kernel: unpacking the source", log=cache.log_path("kernel-source")) as step:
         source = next(debs.glob("linux-source-*.deb"))
         root.run([UNPACK_SOURCE, source, tree], log=step)
     shutil.rmtree(debs)
-    with ui.step("kernel: preparing the build tree (1 to 2 minutes)", log=cache.log_path("kernel-prepare")) as step:
+    with ui.step(f"kernel: preparing the build tree of {release} (1 to 2 minutes)",
+                 log=cache.log_path("kernel-prepare")) as step:
         stock = headers / ".config"
         shutil.copy(stock, tree / ".config")
         shutil.copy(headers / "Module.symvers", tree / "Module.symvers")
@@ -276,9 +298,16 @@ def select(kver=None, kdir=None):
         raise ui.Error(f"KVER={kver} is not a kernel that rmmu supports. Supported series: "
                        f"{', '.join(archive.supported_series())} (scripts/supported-kernels).")
     build = Path("/lib/modules") / kver / "build"
+    if not (build / "rust" / "libkernel.rmeta").exists():
+        # Debian's header packages have no Rust metadata. suitekernel makes its trees with what is in this file.
+        import suitekernel
+        found = suitekernel.find_release(kver)
+        if found:
+            return suitekernel.ensure(found)
     if not build.exists():
-        raise ui.Error(f"KVER={kver}: {build} does not exist, and Debian {archive.SUITE} does not offer that kernel. "
-                       "Give its prepared source tree with KDIR=.")
+        raise ui.Error(f"KVER={kver}: {build} does not exist, and none of the suites in scripts/supported-kernels offers that "
+                       "kernel with its source ('scripts/kernels' lists those there are). Give its prepared source tree with "
+                       "KDIR=.")
     return select(kver, build)
 
 
@@ -338,11 +367,11 @@ def clippy_module(root, kernel):
 def _kbuild(root, kernel, build, step, *targets):
     # kbuild writes to the kernel's tree, too: what Rust's macros include of assembly is generated for each module again.
     # Clones that share a tree of ours take turns.
-    turn = cache.locked(kernel.tree.with_suffix(".lock"), "a module") if kernel.modules_dir else contextlib.nullcontext()
+    turn = cache.locked(kernel.tree.with_suffix(".lock"), "a module") if kernel.in_cache else contextlib.nullcontext()
     with turn:
         root.run(["make", "-C", kernel.tree, f"M={buildroot.PROJECT}", f"MO={build}", *kernel.toolchain,
                   f"KERNELRELEASE={kernel.release}", "-j", ui.jobs(), *targets],
-                 binds=[] if kernel.modules_dir else [kernel.tree], log=step)
+                 binds=[] if kernel.in_cache else [kernel.tree], log=step)
 
 
 def _make_module(root, kernel, build, step, had_warnings):

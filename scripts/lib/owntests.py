@@ -18,7 +18,7 @@ def ensure(environment):
     root = environment.root_handle
     sources = sorted(path for path in SOURCE.rglob("*") if path.is_file() and _is_built(path))
     return cache.keyed(
-        "selftests-own-debug" if environment.booted.debug else "selftests-own", environment.booted.key, root.key, [str(path.relative_to(SOURCE)) for path in sources],
+        "selftests-own" + environment.suffix, environment.booted.key, root.key, [str(path.relative_to(SOURCE)) for path in sources],
         cache.file_key(*sources, Path(intree.__file__)),
         build=lambda directory: _build(directory, environment),
     )
@@ -43,7 +43,7 @@ def _build(directory, environment):
             shutil.copy2(script, directory / "lib" / script.name)
         (directory / "intree-functions.list").write_text("\n".join(intree.functions(kernel.tree_host)) + "\n")
         shutil.copy(SOURCE / "intree-harmless.list", directory)
-        _build_modules(directory, kernel, root, step)
+        _build_modules(directory, kernel, environment.builder, step)
 
 
 def _build_modules(directory, kernel, root, step):

@@ -19,7 +19,8 @@ _HERE = rf"(?<![\w./-]){IN_GUEST}"
 _SLEEP = "usleep(200);"
 VARIANTS = {
     "hardware_disable_test_small": ("hardware_disable_test", [
-        (r"^(#define FORK_NUM)\s.*$", r"\1 (1ULL << 3)", 1),
+        # The name that 7.2 has, and that of 7.3.
+        (r"^(#define (?:FORK_NUM|NR_ITERATIONS))\s.*$", r"\1 (1ULL << 3)", 1),
     ]),
     "rseq_test_small": ("rseq_test", [
         (r"^(#define NR_TASK_MIGRATIONS)\s.*$", r"\1 2000", 1),
@@ -38,10 +39,10 @@ VARIANTS = {
 
 def ensure(environment):
     """The directory that holds the programs, laid out as the guest sees it below /kvm."""
-    kernel, root = environment.kernel, environment.root_handle
+    kernel, root = environment.tests_of, environment.root_handle
     return cache.keyed(
-        "selftests-kvm", kernel.key, root.key, VARIANTS, _RECIPE,
-        build=lambda directory: _build(directory, kernel, root),
+        "selftests-kvm" + ("" if kernel is environment.kernel else environment.suffix), kernel.key, root.key, VARIANTS, _RECIPE,
+        build=lambda directory: _build(directory, kernel, root, environment.kernel.cc),
     )
 
 
@@ -54,7 +55,7 @@ exec make -s -C "$work/tools/testing/selftests/kvm" -j "$jobs" CC="$4" top_srcdi
 """
 
 
-def _build(directory, kernel, root):
+def _build(directory, kernel, root, cc):
     work = directory / "work"
     tree = kernel.tree_host
     # A copy, for the tree belongs to the kernel's cache entry and variants are added.
@@ -63,13 +64,14 @@ def _build(directory, kernel, root):
     for name in ("arch", "build", "include", "lib", "scripts"):
         (work / "tools" / name).symlink_to(tree / "tools" / name)
     # Some tests use the headers of other tests next to them.
-    for name in ("kvm", "rseq", "cgroup", "clone3", "lib.mk"):
-        _copy(tree / "tools/testing/selftests" / name, source / name)
+    for name in ("kvm", "rseq", "cgroup", "clone3", "vfio", "lib.mk"):
+        if (tree / "tools/testing/selftests" / name).exists():
+            _copy(tree / "tools/testing/selftests" / name, source / name)
     for path in (tree / "tools/testing/selftests").glob("*.h"):
         _copy(path, source / path.name)
     _add_variants(source / "kvm")
     with ui.step("selftests: building upstream's KVM tests", log=cache.log_path("selftests-kvm")) as step:
-        root.run(["sh", "-c", _RECIPE, "build", kernel.tree, work, ui.jobs(), kernel.cc], log=step)
+        root.run(["sh", "-c", _RECIPE, "build", kernel.tree, work, ui.jobs(), cc], log=step)
         programs = work / "programs"
         names = [path.relative_to(programs) for path in programs.rglob("*")
                  if path.is_file() and path.stat().st_mode & 0o111]

@@ -27,7 +27,7 @@ CONFIG = {
 
 def kernel_packages(release=RELEASE, version="7.2.12-1", compiler=COMPILER):
     """The packages of a stock kernel: name -> fields."""
-    series = ".".join(version.split(".")[:2])
+    series = re.match(r"\d+\.\d+", version)[0]
     return {
         f"linux-image-{release}": {"Version": version,
                                    "Depends": f"linux-binary-{release} (= {version}), linux-modules-{release}"},
@@ -42,6 +42,8 @@ def world(names):
     """An archive in which all is well, with these packages besides a kernel's."""
     return {
         "packages": {**{name: {"Version": "1.0-1"} for name in names}, **kernel_packages(), COMPILER: {"Version": "16.2.0-3"}},
+        # What other suites have that differs from the packages above; None for what they have not.
+        "suites": {},
         # What apt-get update says, once for each time that it is asked; nothing when it succeeds.
         "update": [],
         "update_always": "",
@@ -172,9 +174,18 @@ def run(world_file, command, cwd=None):
     while words[0] == "env" or "=" in words[0]:
         del words[0]
     output = io.StringIO()
+    suite = next((match[1] for word in words if (match := re.search(r"/apt/([^/]+)/state$", word))), "")
     with World(world_file) as data, contextlib.redirect_stdout(output), contextlib.chdir(cwd or "."):
+        usual = data["packages"]
+        differs = data["suites"].get(suite if words[0] != "mmdebstrap" else _target_suite(words), {})
+        data["packages"] = {name: fields for name, fields in (usual | differs).items() if fields}
         code = _run(data, *words)
+        data["packages"] = usual
     return code, output.getvalue()
+
+
+def _target_suite(argv):
+    return [word for word in argv if not word.startswith("-")][1]
 
 
 def _run(data, program, *argv):
