@@ -9,7 +9,7 @@
 mod common;
 
 use common::{
-    format::{ept, npt, root_role},
+    format::{ept, ept_of, npt, npt_of, root_role},
     model::{Backing, Leaf, Request, Space},
     portion, range,
     tlb::Access,
@@ -376,8 +376,11 @@ fn within(outer: GfnRange, inner: GfnRange) -> bool {
 }
 
 fn run(format: SpteFormat, seed: u64, operations: u64) {
+    run_test(Test::new(format, seed), seed, operations);
+}
+
+fn run_test(mut test: Test, seed: u64, operations: u64) {
     let operations = portion(operations);
-    let mut test = Test::new(format, seed);
     let mut done: BTreeMap<&str, u64> = BTreeMap::new();
     for i in 0..operations {
         let kind = test.random.below(1000);
@@ -411,4 +414,17 @@ fn ept_does_what_the_model_does() {
 #[test]
 fn ept_without_ad_bits_does_what_the_model_does() {
     run(ept(false), 0xc0ff_ee00, 100_000);
+}
+
+#[test]
+fn npt_with_52_bits_of_an_address_does_what_the_model_does() {
+    run(npt_of(52), 0x5252_5252, 40_000);
+}
+
+#[test]
+fn ept_with_48_bits_of_an_address_and_a_log_does_what_the_model_does() {
+    let seed = 0x4848_4848;
+    let mut test = Test::new(ept_of(48, true), seed);
+    test.vm.host.pml = true;
+    run_test(test, seed, 40_000);
 }

@@ -339,6 +339,7 @@ impl Run {
             Touch::Fault => "fault",
             Touch::Mmio(_) => "mmio",
             Touch::Emulated(_) => "emulated",
+            Touch::ReadOnly(_) => "read-only",
         };
         *self.touches.entry(name).or_default() += 1;
         match touch {

@@ -1,18 +1,32 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The formats KVM uses, on a machine with 46 bits of physical address.
+//! The formats KVM uses, on machines with 36 to 52 bits of physical address.
 
 use rmmu_engine::mmu::{types::ACC_ALL, Gfn, Level, Role, SpteFormat};
 
 const ADDR: u64 = ((1 << 52) - 1) & !0xfff;
-const HIGH: u64 = ((1 << 52) - 1) & !((1 << 46) - 1);
+/// Bits of a physical address, unless a test asks for something else.
+const BITS: u32 = 46;
 
 const fn bits(from: u32, to: u32) -> u64 {
     (u64::MAX >> (63 - to)) & (u64::MAX << from)
 }
 
+/// The bits of a physical address on a machine whose entries look so.
+pub fn physical_bits(format: &SpteFormat) -> u32 {
+    (format.rsvd[0][0] | 1 << 52).trailing_zeros()
+}
+
 /// Nested page tables of AMD.
 pub fn npt() -> SpteFormat {
+    npt_of(BITS)
+}
+
+/// The same, on a machine with so many bits of physical address.
+pub fn npt_of(physical: u32) -> SpteFormat {
+    let high = (1 << 52) - (1 << physical);
+    // A bit that is reserved makes an access to MMIO known; with 52 there is none.
+    let mmio = if physical < 52 { 1 << 51 | 1 } else { 0 };
     SpteFormat {
         present: 1,
         accessed: 1 << 5,
@@ -26,31 +40,41 @@ pub fn npt() -> SpteFormat {
         mmu_writable: 1 << 10,
         me_value: 0,
         me_mask: 0,
-        mmio_value: 1 << 51 | 1,
-        mmio_mask: 1 << 51 | 1,
+        mmio_value: mmio,
+        mmio_mask: mmio,
         mmio_access_mask: 0b110,
         nonpresent_or_rsvd: 0,
-        nonpresent_or_rsvd_lower_gfn: bits(12, 45),
+        nonpresent_or_rsvd_lower_gfn: bits(12, physical - 1),
         base_addr_mask: ADDR,
         rsvd: [
-            [HIGH, HIGH, HIGH, HIGH | bits(7, 8), HIGH | bits(7, 8)],
+            [high, high, high, high | bits(7, 8), high | bits(7, 8)],
             [
-                HIGH,
-                HIGH | bits(13, 20),
-                HIGH | bits(13, 29),
-                HIGH | bits(7, 8),
-                HIGH | bits(7, 8),
+                high,
+                high | bits(13, 20),
+                high | bits(13, 29),
+                high | bits(7, 8),
+                high | bits(7, 8),
             ],
         ],
         bad_mt_xwr: 0,
         ad_enabled: true,
-        mmio_caching: true,
-        max_gfn: Gfn((1 << 34) - 1),
+        mmio_caching: mmio != 0,
+        max_gfn: Gfn((1 << (physical - 12)) - 1),
     }
 }
 
 /// Extended page tables of Intel, with or without accessed and dirty bits.
 pub fn ept(ad_enabled: bool) -> SpteFormat {
+    ept_of(BITS, ad_enabled)
+}
+
+/// The same, on a machine with so many bits of physical address.
+pub fn ept_of(physical: u32, ad_enabled: bool) -> SpteFormat {
+    let high = (1 << 52) - (1 << physical);
+    // Five bits, which address no memory that is cached, keep entries that are not
+    // present from it.
+    let mitigated = physical < 47;
+    let lower = if mitigated { physical - 5 } else { physical };
     SpteFormat {
         present: 1 << 63,
         accessed: 1 << 8,
@@ -67,23 +91,27 @@ pub fn ept(ad_enabled: bool) -> SpteFormat {
         mmio_value: 0b110,
         mmio_mask: 0b111 | 1 << 63,
         mmio_access_mask: 0,
-        nonpresent_or_rsvd: bits(41, 45),
-        nonpresent_or_rsvd_lower_gfn: bits(12, 40),
+        nonpresent_or_rsvd: if mitigated {
+            bits(lower, physical - 1)
+        } else {
+            0
+        },
+        nonpresent_or_rsvd_lower_gfn: bits(12, lower - 1),
         base_addr_mask: ADDR,
         rsvd: [
             [
-                HIGH,
-                HIGH | bits(3, 6),
-                HIGH | bits(3, 6),
-                HIGH | bits(3, 7),
-                HIGH | bits(3, 7),
+                high,
+                high | bits(3, 6),
+                high | bits(3, 6),
+                high | bits(3, 7),
+                high | bits(3, 7),
             ],
             [
-                HIGH,
-                HIGH | bits(12, 20),
-                HIGH | bits(12, 29),
-                HIGH | bits(3, 7),
-                HIGH | bits(3, 7),
+                high,
+                high | bits(12, 20),
+                high | bits(12, 29),
+                high | bits(3, 7),
+                high | bits(3, 7),
             ],
         ],
         // Memory types 2, 3 and 7 do not exist, nor write without read, nor
@@ -96,7 +124,7 @@ pub fn ept(ad_enabled: bool) -> SpteFormat {
             | 0x1010_1010_1010_1010,
         ad_enabled,
         mmio_caching: true,
-        max_gfn: Gfn((1 << 34) - 1),
+        max_gfn: Gfn((1 << (physical - 12)) - 1),
     }
 }
 

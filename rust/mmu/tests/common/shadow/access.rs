@@ -14,7 +14,7 @@ use rmmu_engine::mmu::{
         guest::{walk, GuestWalk, Paging32, Paging64, PagingEpt, Stop},
         GuestTables, PagePtr, WrongRoot,
     },
-    types::ACC_WRITE,
+    types::{ACC_USER, ACC_WRITE},
     Fault, Gfn, GfnRange, Host, Level, Outcome, Pfn, Spte,
 };
 
@@ -25,6 +25,8 @@ pub enum Touch {
     /// The guest got a fault.
     Fault,
     Mmio(Gfn),
+    /// A write to a read-only slot, which is its user's to serve.
+    ReadOnly(Gfn),
     /// The write was emulated.
     Emulated(Gfn),
 }
@@ -35,7 +37,8 @@ impl Vm {
         for _ in 0..60 {
             self.ensure_roots(vcpu);
             let roots = self.vcpus[vcpu].roots.clone().unwrap();
-            let hit = cpu::access(&self.machine, vcpu, &roots, va, kind, self.paging.smep);
+            let rules = self.paging_of(vcpu).rules();
+            let hit = cpu::access(&self.machine, vcpu, &roots, va, kind, rules);
             let touch = match hit {
                 Hit::Memory(pfn) => Some(Touch::Memory(self.check_hit(vcpu, va, kind, pfn))),
                 Hit::Reserved(spte) => self.reserved_fault(vcpu, va, kind, spte),
@@ -61,11 +64,11 @@ impl Vm {
         match touch {
             Touch::Memory(gfn) => {
                 assert_eq!(gfn.0, gpa >> 12, "the kernel's map of a table");
-                self.ram.store(gpa, self.paging.width(), value);
+                self.ram.store(gpa, self.paging_of(vcpu).width(), value);
             }
             Touch::Emulated(gfn) => {
                 assert_eq!(gfn.0, gpa >> 12);
-                self.emulated_store(gpa, value);
+                self.emulated_store_by(vcpu, gpa, value);
             }
             _ => panic!("{touch:?} for a store to a table"),
         }
@@ -75,13 +78,19 @@ impl Vm {
 
     /// A store to memory that KVM does for the guest.
     pub fn emulated_store(&mut self, gpa: u64, value: u64) {
-        self.ram.store(gpa, self.paging.width(), value);
+        self.emulated_store_by(0, gpa, value);
+    }
+
+    /// The same, for a vCPU, of which it depends how wide the store is.
+    pub fn emulated_store_by(&mut self, vcpu: usize, gpa: u64, value: u64) {
+        let paging = self.paging_of(vcpu);
+        self.ram.store(gpa, paging.width(), value);
         let gfn = Gfn(gpa >> 12);
         if let Some(slot) = self.machine.valid_slot(gfn) {
             slot.dirty.borrow_mut().insert(gfn.0);
         }
         if self.shadow.indirect_pages() != 0 {
-            let bytes = self.paging.entry_bytes() as usize;
+            let bytes = paging.entry_bytes() as usize;
             self.machine.write(|lock| {
                 self.shadow
                     .track_write(&self.machine, lock, gpa, bytes, value != 0);
@@ -108,7 +117,7 @@ impl Vm {
             );
         };
         if kind.write {
-            assert!(self.ram.backing(gfn).unwrap().writable);
+            assert!(self.ram.backing(gfn).unwrap().writable && !self.ram.is_rom(gfn));
             self.assert_write_is_seen(gfn);
             // Of frames that share a page and that the address may both lead to, it
             // is the one that the entry was made for whose write is logged.
@@ -123,11 +132,13 @@ impl Vm {
     /// The guest's tables allow the access, or did when the address was flushed.
     fn is_allowed(&self, vcpu: usize, va: u64, kind: Kind, gfn: Gfn) -> bool {
         let known = self.vcpus[vcpu].history.get(&(va >> 12));
+        let paging = self.paging_of(vcpu);
         known.into_iter().flatten().any(|one| {
             // With CR0.WP clear the supervisor writes to read-only pages, too; its
             // dirty bit is set nevertheless.
-            let without_wp = !self.paging.wp && !kind.user && kind.write && one.gfn == gfn;
-            one.gfn == gfn && one.allows(&self.paging, kind) || without_wp
+            let smap = paging.smap && one.access & ACC_USER != 0;
+            let without_wp = !paging.wp && !kind.user && kind.write && !smap;
+            one.gfn == gfn && (one.allows(&paging, kind) || without_wp)
         })
     }
 
@@ -165,9 +176,10 @@ impl Vm {
     /// Reads the guest's tables for an access.
     pub fn walk(&self, vcpu: usize, va: u64, kind: Kind) -> Result<GuestWalk, Stop> {
         let (context, seen) = (self.context(vcpu), self.seen());
-        let code = self.paging.error_code(kind);
+        let paging = self.paging_of(vcpu);
+        let code = paging.error_code(kind);
         let mut found = GuestWalk::new();
-        match self.paging.mode {
+        match paging.mode {
             Mode::Bits32 => walk::<Paging32, _>(&seen, &context, va, code, &mut found),
             Mode::Ept => walk::<PagingEpt, _>(&seen, &context, va, code, &mut found),
             _ => walk::<Paging64, _>(&seen, &context, va, code, &mut found),
@@ -177,6 +189,7 @@ impl Vm {
 
     fn page_fault(&mut self, vcpu: usize, va: u64, kind: Kind, present: bool) -> Option<Touch> {
         self.faults += 1;
+        let paging = self.paging_of(vcpu);
         let walked = self.walk(vcpu, va, kind);
         let mut walked = match walked {
             Ok(walked) => walked,
@@ -190,6 +203,9 @@ impl Vm {
                 self.shadow.clear_flood(&self.machine, roots.as_root(), va);
                 return self.write_protected(gfn, false);
             }
+            if kind.write && self.ram.is_rom(gfn) {
+                return Some(Touch::ReadOnly(gfn));
+            }
             if kind.write && !self.ram.backing(gfn).unwrap().writable {
                 // The host copies the page.
                 self.invalidate(GfnRange::new(gfn, gfn.add(1)), |ram| {
@@ -199,8 +215,8 @@ impl Vm {
         }
         let has_slot = self.machine.valid_slot(gfn).is_some();
         let write_access = walked.access & ACC_WRITE != 0;
-        if kind.write && !write_access && !self.paging.wp && !kind.user && has_slot {
-            walked.write_without_wp(self.paging.smep);
+        if kind.write && !write_access && !paging.wp && !kind.user && has_slot {
+            walked.write_without_wp(paging.smep);
         }
         let (outcome, own) = match self.map(vcpu, va, kind, &walked) {
             Ok(served) => served,
@@ -270,7 +286,7 @@ impl Vm {
             nx_workaround: self.machine.nx.get(),
             pfn: backing.map_or(Pfn(0), |page| page.pfn),
             slot,
-            map_writable: backing.is_some_and(|page| page.writable),
+            map_writable: backing.is_some_and(|page| page.writable) && !self.ram.is_rom(gfn),
             write_tracked: false,
             dirty_track: slot.is_some_and(|slot| slot.logged.get()),
             mmio_generation: self.generation.get(),
@@ -321,9 +337,7 @@ impl WithGuest for Map<'_> {
         let walked = self.walked;
         let roots = vm.vcpus[self.vcpu].roots.as_ref().unwrap();
         vm.machine.write(|lock| {
-            if vm.shadow.make_available(&vm.machine, lock).is_err() {
-                panic!("there is no room for a fault");
-            }
+            vm.make_room(lock);
             let obsolete = |page: &PagePtr| vm.shadow.is_obsolete(*page);
             if roots.pages(&vm.machine).iter().any(obsolete) {
                 return Ok((Outcome::Retry, false));
@@ -332,7 +346,7 @@ impl WithGuest for Map<'_> {
             vm.shadow.map_guest(
                 &vm.machine,
                 lock,
-                &mut vm.acting(),
+                &mut vm.acting(self.vcpu),
                 guest,
                 roots.as_root(),
                 self.va,

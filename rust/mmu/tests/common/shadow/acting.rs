@@ -75,7 +75,11 @@ impl ShadowVcpu<Machine> for Acting<'_> {
         for (i, place) in pfns.iter_mut().enumerate() {
             let gfn = gfn.add(i as u64);
             match self.ram.backing(gfn) {
-                Some(page) if page.writable && slot.range.contains(gfn) => *place = page.pfn,
+                Some(page)
+                    if page.writable && !self.ram.is_rom(gfn) && slot.range.contains(gfn) =>
+                {
+                    *place = page.pfn
+                }
                 _ => break,
             }
             self.held += 1;

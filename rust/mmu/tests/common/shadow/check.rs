@@ -3,7 +3,10 @@
 //! Looks at everything the engine keeps, and compares it with a brute-force
 //! reading of the guest's tables and of all entries.
 
-use super::Vm;
+use super::{
+    paging::{Mode, Paging},
+    Vm,
+};
 use crate::common::format::write_back;
 use rmmu_engine::mmu::{
     audit::{Audit, Finding, Looked},
@@ -258,7 +261,7 @@ impl Vm {
                 pfn.0 + i,
                 "{gfn:x?} is backed by another page"
             );
-            assert!(backing.writable || !spte.is_writable());
+            assert!(backing.writable && !self.ram.is_rom(gfn) || !spte.is_writable());
         }
         assert!(spte.is_consistent(format));
         assert!(!spte.is_writable() || access & ACC_WRITE != 0);
@@ -285,9 +288,28 @@ impl Vm {
         }
     }
 
+    /// How a vCPU pages for which a page is.
+    fn paging_for(&self, page: &PageInfo) -> Paging {
+        let role = page.role;
+        let flag = |bit: u32| role.0 >> bit & 1 != 0;
+        let mut paging = self.paging;
+        if !paging.is_ept() {
+            paging.mode = match role.has_small_entries() {
+                true => Mode::Bits32,
+                false => Mode::Level4,
+            };
+            paging.nx = flag(13);
+        }
+        paging.wp = flag(14);
+        paging.ad = !flag(16);
+        paging.smep = flag(20);
+        paging
+    }
+
     /// A page that is not unsync says what the guest's table says.
     fn check_guest_entry(&self, all: &All, page: &PageInfo, index: usize, spte: Spte) {
-        let paging = &self.paging;
+        let paging = &self.paging_for(page);
+        let rom = self.ram.is_rom(page.gfn);
         let level = page.role.level();
         let guest_level = level.get();
         let mut guest_index = index as u64;
@@ -305,7 +327,7 @@ impl Vm {
         let mut access = page.role.access() & paging.access(entry);
         let frame = paging.frame(entry, guest_level);
         let leaf = paging.is_leaf(entry, guest_level);
-        if leaf && paging.ad && entry & paging.dirty() == 0 {
+        if leaf && paging.ad && !rom && entry & paging.dirty() == 0 {
             access &= !ACC_WRITE;
         }
         let (gfn, recorded) = if spte.is_leaf(level) {

@@ -124,7 +124,14 @@ impl Tlb {
     }
 }
 
-fn allows(format: &SpteFormat, spte: Spte, kind: Kind, smep: bool) -> bool {
+/// What a supervisor must not do to pages of users.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Rules {
+    pub smep: bool,
+    pub smap: bool,
+}
+
+fn allows(format: &SpteFormat, spte: Spte, kind: Kind, rules: Rules) -> bool {
     if format.xs != 0 {
         let bit = match kind {
             Kind { write: true, .. } => 2,
@@ -134,7 +141,10 @@ fn allows(format: &SpteFormat, spte: Spte, kind: Kind, smep: bool) -> bool {
         return spte.raw() & bit != 0;
     }
     let user = spte.raw() & USER != 0;
-    let executable = spte.raw() & NX == 0 && (kind.user || !smep || !user);
+    let executable = spte.raw() & NX == 0 && (kind.user || !rules.smep || !user);
+    if rules.smap && !kind.user && !kind.exec && user {
+        return false;
+    }
     (!kind.user || user) && (!kind.write || spte.is_writable()) && (!kind.exec || executable)
 }
 
@@ -145,7 +155,7 @@ pub fn access(
     roots: &Roots,
     va: u64,
     kind: Kind,
-    smep: bool,
+    rules: Rules,
 ) -> Hit {
     let format = machine.format();
     let frame = |spte: Spte, level: Level| {
@@ -159,7 +169,7 @@ pub fn access(
         let Some(cached) = tlb.leaves.get(&key).copied() else {
             continue;
         };
-        if allows(format, cached.spte, kind, smep) && (!kind.write || cached.dirty) {
+        if allows(format, cached.spte, kind, rules) && (!kind.write || cached.dirty) {
             return frame(cached.spte, level);
         }
         // The dirty bit must be set in memory; or hardware looks again before it
@@ -186,7 +196,7 @@ pub fn access(
             level = level.child().unwrap();
             continue;
         }
-        if !allows(format, spte, kind, smep) {
+        if !allows(format, spte, kind, rules) {
             return Hit::Protected;
         }
         let mut bits = 0;

@@ -3,7 +3,7 @@
 //! A VM whose guest has no tables of its own: addresses are frames.
 
 use super::{
-    cpu::{self, Hit, Kind, Roots},
+    cpu::{self, Hit, Kind, Roots, Rules},
     paging::P,
     Vm,
 };
@@ -22,10 +22,10 @@ impl Vm {
         let roots = if pae {
             let role = direct.with_level(Level::L2M);
             Roots::Pae(core::array::from_fn(|i| {
-                self.alloc_root(Gfn((i as u64) << 18), role).hpa().0 | P
+                self.alloc_root(vcpu, Gfn((i as u64) << 18), role).hpa().0 | P
             }))
         } else {
-            Roots::Page(self.alloc_root(Gfn(0), direct))
+            Roots::Page(self.alloc_root(vcpu, Gfn(0), direct))
         };
         self.vcpus[vcpu].roots = Some(roots);
         self.machine.tlbs.borrow_mut()[vcpu].flush();
@@ -34,12 +34,10 @@ impl Vm {
     /// Serves a fault of a guest without tables.
     pub fn map_direct(&self, vcpu: usize, gfn: u64, kind: Kind) -> Outcome {
         self.machine.write(|lock| {
-            self.shadow
-                .make_available(&self.machine, lock)
-                .expect("there is room for a fault");
+            self.make_room(lock);
             let mut fault = self.fault(Gfn(gfn), kind);
             self.adjust(&mut fault, Level::MAX_HUGE);
-            let mut acting = self.acting();
+            let mut acting = self.acting(vcpu);
             self.shadow.map_direct(
                 &self.machine,
                 lock,
@@ -69,7 +67,14 @@ impl Vm {
     /// What hardware makes of an access of a guest without tables.
     pub fn hit_direct(&self, vcpu: usize, gfn: u64, kind: Kind) -> Hit {
         let roots = self.vcpus[vcpu].roots.as_ref().unwrap();
-        let hit = cpu::access(&self.machine, vcpu, roots, gfn << 12, kind, false);
+        let hit = cpu::access(
+            &self.machine,
+            vcpu,
+            roots,
+            gfn << 12,
+            kind,
+            Rules::default(),
+        );
         if let Hit::Memory(Pfn(pfn)) = hit {
             let owners = self.ram.owners(Pfn(pfn));
             assert!(owners.contains(&Gfn(gfn)), "{gfn:#x} leads to {pfn:#x}");

@@ -8,6 +8,7 @@
 //! looking it up panics.
 
 use super::cpu::Tlb;
+use crate::common::format::physical_bits;
 use rmmu_engine::mmu::{
     shadow::{
         page::UNSYNC_BITS_OFFSET, AuditHost, Counter, Desc, DescPtr, Maximum, Page, PageEvent,
@@ -26,7 +27,6 @@ use std::{
 };
 
 const PAGES: usize = 1 << 12;
-const FIRST_HPA: u64 = 1 << 40;
 const HEADER: usize = 184;
 /// Present, and leads to a page that never was.
 const POISON: u64 = 1 << 11 | 3 | 1 << 44;
@@ -52,6 +52,8 @@ pub struct Slot {
     pub dirty: RefCell<BTreeSet<u64>>,
     /// The slot is valid.
     pub valid: Cell<bool>,
+    /// It is gone: nobody finds it.
+    pub gone: Cell<bool>,
 }
 
 impl Slot {
@@ -69,6 +71,7 @@ impl Slot {
             logged: Cell::new(false),
             dirty: RefCell::default(),
             valid: Cell::new(true),
+            gone: Cell::new(false),
         }
     }
 
@@ -87,7 +90,9 @@ impl Slot {
 
     pub fn lpage_disallowed(&self, gfn: Gfn, level: Level) -> bool {
         let key = (level.get(), gfn.0 >> level.gfn_shift());
-        self.lpage.borrow().get(&key).is_some_and(|&n| n > 0)
+        let whole = GfnRange::of(gfn.round_down(level), level);
+        self.range.intersect(whole) != whole
+            || self.lpage.borrow().get(&key).is_some_and(|&n| n > 0)
     }
 
     /// Changes how many want writes to a frame tracked.
@@ -123,6 +128,8 @@ pub struct Machine {
     /// The CPU logs what it writes.
     pub pml: bool,
     arena: NonNull<u8>,
+    /// Where the arena is, as the tables have it.
+    first_hpa: u64,
     headers: NonNull<u8>,
     states: RefCell<Vec<State>>,
     free: RefCell<Vec<usize>>,
@@ -201,6 +208,7 @@ impl Machine {
             unsafe { arena.cast::<u64>().add(i).write(POISON) };
         }
         Machine {
+            first_hpa: 1 << (physical_bits(&format) - 1).min(40),
             format,
             pml: false,
             arena,
@@ -296,7 +304,7 @@ impl Machine {
     }
 
     fn index(&self, hpa: Hpa) -> usize {
-        let index = (hpa.0.wrapping_sub(FIRST_HPA) >> 12) as usize;
+        let index = (hpa.0.wrapping_sub(self.first_hpa) >> 12) as usize;
         let states = self.states.borrow();
         assert!(
             index < PAGES && states[index] != State::Free,
@@ -355,7 +363,7 @@ impl Machine {
                 .arena
                 .add((PAGES + index) * 4096)
                 .cast::<Translations>();
-            let hpa = Hpa(FIRST_HPA + ((index as u64) << 12));
+            let hpa = Hpa(self.first_hpa + ((index as u64) << 12));
             let translations = translations.then_some(room);
             Some(PagePtr::adopt(
                 self.header_at(index),
@@ -522,7 +530,7 @@ unsafe impl ShadowHost for Machine {
 
     fn page_at(&self, entries: NonNull<Entries>) -> PagePtr {
         let offset = entries.addr().get() - self.arena.addr().get();
-        self.page(Hpa(FIRST_HPA + offset as u64))
+        self.page(Hpa(self.first_hpa + offset as u64))
     }
 
     fn free_page_rcu(&self, page: PagePtr) {
@@ -554,7 +562,7 @@ unsafe impl ShadowHost for Machine {
 
     fn slot(&self, smm: bool, gfn: Gfn) -> Option<&Slot> {
         let mut slots = self.slots.iter();
-        slots.find(|slot| slot.smm == smm && slot.range.contains(gfn))
+        slots.find(|slot| slot.smm == smm && slot.range.contains(gfn) && !slot.gone.get())
     }
 
     fn slot_range(&self, slot: &Slot) -> GfnRange {
@@ -646,7 +654,7 @@ impl AuditHost for Machine {
     }
 
     fn address_of(&self, hpa: Hpa) -> u64 {
-        (self.arena.addr().get() as u64).wrapping_add(hpa.0.wrapping_sub(FIRST_HPA))
+        (self.arena.addr().get() as u64).wrapping_add(hpa.0.wrapping_sub(self.first_hpa))
     }
 
     fn lpage_count(&self, slot: &Slot, gfn: Gfn, level: Level) -> Option<(i64, i64)> {

@@ -26,7 +26,7 @@ use rmmu_engine::mmu::{
         guest::{Guest, GuestContext, Paging32, Paging64, PagingEpt},
         Buckets, GuestTables, PageInfo, PagePtr, PageRole, Root, Shadow,
     },
-    Flush, Gfn, GfnRange, Host, Level, SpteFormat,
+    Flush, Gfn, GfnRange, Host, Level, MmuWrite, SpteFormat,
 };
 use std::{
     alloc::{alloc_zeroed, dealloc, Layout},
@@ -35,6 +35,9 @@ use std::{
     ptr::NonNull,
     rc::Rc,
 };
+
+/// What a page-directory pointer may have set.
+const PDPTE: u64 = 0xf_ffff_ffff_f001;
 
 /// A vCPU.
 #[derive(Default)]
@@ -45,6 +48,8 @@ pub struct Vcpu {
     pub roots: Option<Roots>,
     /// Roots it had before, by CR3.
     pub previous: Vec<(u64, Roots)>,
+    /// Its registers, if they are not those of the VM.
+    pub paging: Option<Paging>,
     /// For each address that is watched, what it may translate to: all that the
     /// guest's tables said since it was flushed.
     pub history: BTreeMap<u64, Vec<Translation>>,
@@ -73,6 +78,8 @@ pub struct Vm {
     /// Frames that were written to while their slot logged that.
     pub logged_writes: BTreeSet<u64>,
     pub faults: u64,
+    /// How often the quota of pages had to be raised.
+    pub raised: Cell<u64>,
 }
 
 impl Vm {
@@ -89,7 +96,7 @@ impl Vm {
         Vm {
             machine: Machine::new(format, slots, vcpus),
             shadow: Rc::new(shadow),
-            ram: Rc::new(Ram::new(frames)),
+            ram: Rc::new(Ram::new(frames, &format)),
             paging,
             vcpus: (0..vcpus).map(|_| Vcpu::default()).collect(),
             watched: BTreeSet::new(),
@@ -101,11 +108,17 @@ impl Vm {
             sync_requests: Cell::new(0),
             logged_writes: BTreeSet::new(),
             faults: 0,
+            raised: Cell::new(0),
         }
     }
 
+    /// How a vCPU pages.
+    pub fn paging_of(&self, vcpu: usize) -> Paging {
+        self.vcpus[vcpu].paging.unwrap_or(self.paging)
+    }
+
     /// The vCPU as the engine sees it.
-    pub fn acting(&self) -> Acting<'_> {
+    pub fn acting(&self, vcpu: usize) -> Acting<'_> {
         let (pages, descs) = self.cache.get();
         Acting {
             caches: Caches {
@@ -114,7 +127,7 @@ impl Vm {
                 ..Caches::full(&self.machine)
             },
             ram: &self.ram,
-            root_role: self.paging.root_role(),
+            root_role: self.paging_of(vcpu).root_role(),
             generation: self.generation.get(),
             may_prefetch: self.prefetch.get(),
             prefetched: &self.prefetched,
@@ -132,14 +145,16 @@ impl Vm {
     }
 
     fn context(&self, vcpu: usize) -> GuestContext {
+        let paging = self.paging_of(vcpu);
         let vcpu = &self.vcpus[vcpu];
-        self.paging.context(vcpu.cr3, vcpu.pdptrs)
+        paging.context(vcpu.cr3, vcpu.pdptrs)
     }
 
     /// What the guest's tables say about an address now.
     pub fn translate(&self, vcpu: usize, va: u64) -> Option<Translation> {
+        let paging = self.paging_of(vcpu);
         let vcpu = &self.vcpus[vcpu];
-        self.paging.translate(&self.ram, vcpu.cr3, &vcpu.pdptrs, va)
+        paging.translate(&self.ram, vcpu.cr3, &vcpu.pdptrs, va)
     }
 
     /// Notes what the guest's tables say, if they changed.
@@ -149,12 +164,7 @@ impl Vm {
         }
         for vcpu in 0..self.vcpus.len() {
             for &page in &self.watched {
-                let now = self.paging.translate(
-                    &self.ram,
-                    self.vcpus[vcpu].cr3,
-                    &self.vcpus[vcpu].pdptrs,
-                    page << 12,
-                );
+                let now = self.translate(vcpu, page << 12);
                 if let Some(now) = now {
                     let known = self.vcpus[vcpu].history.entry(page).or_default();
                     if !known.contains(&now) {
@@ -169,7 +179,7 @@ impl Vm {
     pub fn invlpg(&mut self, vcpu: usize, va: u64) {
         self.machine.tlbs.borrow_mut()[vcpu].flush_address(va);
         let mut roots: Vec<Roots> = self.vcpus[vcpu].roots.iter().cloned().collect();
-        if self.paging.mode != Mode::Pae && self.paging.mode != Mode::Bits32 {
+        if !matches!(self.paging_of(vcpu).mode, Mode::Pae | Mode::Bits32) {
             roots.extend(
                 self.vcpus[vcpu]
                     .previous
@@ -178,7 +188,14 @@ impl Vm {
             );
         }
         for roots in roots {
-            self.with_guest(vcpu, Invlpg { va, roots: &roots });
+            self.with_guest(
+                vcpu,
+                Invlpg {
+                    vcpu,
+                    va,
+                    roots: &roots,
+                },
+            );
         }
         let now = self.translate(vcpu, va);
         let known = self.vcpus[vcpu].history.entry(va >> 12).or_default();
@@ -204,11 +221,12 @@ impl Vm {
             None => {}
         }
         self.vcpus[vcpu].cr3 = cr3;
-        if self.paging.mode == Mode::Pae {
+        let paging = self.paging_of(vcpu);
+        if paging.mode == Mode::Pae {
             let table = cr3 >> 12;
             self.vcpus[vcpu].pdptrs = core::array::from_fn(|i| {
                 let gpa = (table << 12) + 8 * i as u64;
-                self.ram.load(gpa, self.paging.width())
+                self.ram.load(gpa, paging.width()) & PDPTE
             });
         }
         let cached = self.vcpus[vcpu]
@@ -235,7 +253,7 @@ impl Vm {
         };
         for root in roots.pages(&self.machine) {
             if matches!(roots, Roots::Pae(_)) || self.shadow.is_unsync(root) {
-                self.with_guest(vcpu, Sync { root });
+                self.with_guest(vcpu, Sync { vcpu, root });
             }
         }
     }
@@ -282,18 +300,17 @@ impl Vm {
         if self.vcpus[vcpu].roots.is_some() {
             return;
         }
-        self.machine.write(|lock| {
-            self.shadow
-                .make_available(&self.machine, lock)
-                .expect("there is room for a root")
-        });
-        let role = self.paging.root_role();
+        self.machine.write(|lock| self.make_room(lock));
+        let paging = self.paging_of(vcpu);
+        let role = paging.root_role();
         let cr3 = self.vcpus[vcpu].cr3;
-        let roots = match self.paging.mode {
+        let roots = match paging.mode {
+            // As KVM's dummy root.
+            _ if paging.mode != Mode::Pae && !self.has_slot(cr3) => Roots::Pae([0; 4]),
             Mode::Bits32 | Mode::Pae => {
                 let mut entries = [0; 4];
                 for (i, place) in entries.iter_mut().enumerate() {
-                    let (gfn, quadrant) = if self.paging.mode == Mode::Pae {
+                    let (gfn, quadrant) = if paging.mode == Mode::Pae {
                         let pdpte = self.vcpus[vcpu].pdptrs[i];
                         let table = Gfn(pdpte >> 12);
                         if pdpte & P == 0 || self.machine.valid_slot(table).is_none() {
@@ -304,14 +321,14 @@ impl Vm {
                         (Gfn(cr3 >> 12), i as u8)
                     };
                     let role = role.with_level(Level::L2M).with_quadrant(quadrant);
-                    let page = self.alloc_root(gfn, role);
+                    let page = self.alloc_root(vcpu, gfn, role);
                     *place = page.hpa().0 | P;
                 }
                 Roots::Pae(entries)
             }
             _ => {
                 let gfn = Gfn(cr3 >> 12);
-                let page = self.alloc_root(gfn, role);
+                let page = self.alloc_root(vcpu, gfn, role);
                 Roots::Page(page)
             }
         };
@@ -320,10 +337,80 @@ impl Vm {
         self.sync(vcpu);
     }
 
+    fn has_slot(&self, gpa: u64) -> bool {
+        self.machine.valid_slot(Gfn(gpa >> 12)).is_some()
+    }
+
+    /// Makes room for a fault. If the quota is used up by roots in use the user has to
+    /// raise it.
+    pub fn make_room(&self, lock: &mut MmuWrite<'_>) {
+        let (machine, shadow) = (&self.machine, &self.shadow);
+        if shadow.make_available(machine, lock).is_ok() {
+            return;
+        }
+        let held = self.held_roots();
+        shadow.visit_pages(lock, |page| {
+            assert!(
+                held.contains(&page.hpa.0),
+                "this could be zapped: {page:x?}"
+            );
+        });
+        shadow.set_max_pages(machine, lock, shadow.pages() + 5);
+        self.raised.set(self.raised.get() + 1);
+    }
+
+    /// A vCPU pages in another way from now on.
+    pub fn set_paging(&mut self, vcpu: usize, paging: Paging, cr3: u64) {
+        self.reload(vcpu);
+        for (_, roots) in std::mem::take(&mut self.vcpus[vcpu].previous) {
+            self.put(&roots);
+        }
+        self.vcpus[vcpu].paging = Some(paging);
+        self.load_cr3(vcpu, cr3, false);
+    }
+
+    /// A slot goes, with its memory. With `all` everything is zapped for it.
+    pub fn remove_slot(&mut self, number: usize, all: bool) {
+        let slot = &self.machine.slots[number];
+        slot.valid.set(false);
+        if all {
+            self.zap_fast();
+        } else {
+            let machine = &self.machine;
+            machine.write(|lock| {
+                let (range, none) = (slot.range, Flush::none());
+                let flush = self
+                    .shadow
+                    .unmap_range(machine, lock, slot, range, true, none);
+                self.shadow.zap_slot_pages(machine, lock, slot, flush);
+            });
+        }
+        let slot = &self.machine.slots[number];
+        slot.assert_unused();
+        slot.gone.set(true);
+        slot.logged.set(false);
+        let range = slot.range.start.0..slot.range.end.0;
+        self.logged_writes.retain(|gfn| !range.contains(gfn));
+        self.ram.remove(range);
+        self.generation.set(self.generation.get() + 2);
+        self.note_tables();
+    }
+
+    /// A slot comes back, with other memory of the host, and what was in it.
+    pub fn add_slot(&mut self, number: usize, read_only: bool) {
+        let slot = &self.machine.slots[number];
+        slot.gone.set(false);
+        slot.valid.set(true);
+        self.ram
+            .add(slot.range.start.0..slot.range.end.0, read_only);
+        self.generation.set(self.generation.get() + 2);
+        self.note_tables();
+    }
+
     /// Runs an operation of the engine with the guest's tables of a vCPU.
     pub fn with_guest<O: WithGuest>(&self, vcpu: usize, operation: O) -> O::Output {
         let (context, seen) = (self.context(vcpu), self.seen());
-        match self.paging.mode {
+        match self.paging_of(vcpu).mode {
             Mode::Bits32 => operation.run(self, &Guest::<Paging32, _>::new(&context, &seen)),
             Mode::Ept => operation.run(self, &Guest::<PagingEpt, _>::new(&context, &seen)),
             _ => operation.run(self, &Guest::<Paging64, _>::new(&context, &seen)),
@@ -392,6 +479,7 @@ pub trait WithGuest {
 }
 
 struct Invlpg<'a> {
+    vcpu: usize,
     va: u64,
     roots: &'a Roots,
 }
@@ -402,7 +490,7 @@ impl WithGuest for Invlpg<'_> {
     fn run<G: GuestTables>(self, vm: &Vm, guest: &G) {
         vm.machine.write(|lock| {
             let root = self.roots.as_root();
-            let mut acting = vm.acting();
+            let mut acting = vm.acting(self.vcpu);
             vm.shadow
                 .invalidate_addr(&vm.machine, lock, &mut acting, guest, root, self.va);
         });
@@ -410,6 +498,7 @@ impl WithGuest for Invlpg<'_> {
 }
 
 struct Sync {
+    vcpu: usize,
     root: PagePtr,
 }
 
@@ -420,8 +509,13 @@ impl WithGuest for Sync {
         let unsync = vm.shadow.is_unsync(self.root).then_some(self.root);
         vm.ram.syncing.set(unsync);
         vm.machine.write(|lock| {
-            vm.shadow
-                .sync_root(&vm.machine, lock, &mut vm.acting(), guest, self.root);
+            vm.shadow.sync_root(
+                &vm.machine,
+                lock,
+                &mut vm.acting(self.vcpu),
+                guest,
+                self.root,
+            );
         });
         vm.ram.syncing.set(None);
     }
@@ -429,10 +523,10 @@ impl WithGuest for Sync {
 
 impl Vm {
     /// A page as a root, with a reference.
-    pub fn alloc_root(&self, gfn: Gfn, role: PageRole) -> PagePtr {
+    pub fn alloc_root(&self, vcpu: usize, gfn: Gfn, role: PageRole) -> PagePtr {
         self.machine
             .write(|lock| {
-                let mut acting = self.acting();
+                let mut acting = self.acting(vcpu);
                 acting.caches.pages = acting.caches.pages.max(1);
                 self.shadow
                     .alloc_root(&self.machine, lock, &mut acting, gfn, role)

@@ -3,7 +3,10 @@
 //! How the guest pages: its modes, what KVM makes of them, and a plain reading of
 //! its tables.
 
-use super::{cpu::Kind, ram::Ram};
+use super::{
+    cpu::{Kind, Rules},
+    ram::Ram,
+};
 use rmmu_engine::mmu::{
     shadow::{
         guest::{ErrorCode, GuestContext, Width},
@@ -46,6 +49,11 @@ pub struct Paging {
     pub nested: bool,
     /// Accessed and dirty bits are in use.
     pub ad: bool,
+    pub smap: bool,
+    /// `EFER.NX`.
+    pub nx: bool,
+    /// Bits of a physical address of the guest.
+    pub bits: u32,
 }
 
 /// What the guest's tables make of an address.
@@ -74,6 +82,9 @@ impl Translation {
             let smep = paging.smep && !kind.user && has(ACC_USER);
             return has(ACC_EXEC) && !smep;
         }
+        if paging.smap && !kind.user && has(ACC_USER) {
+            return false;
+        }
         !kind.write || has(ACC_WRITE)
     }
 }
@@ -86,6 +97,16 @@ impl Paging {
             smep: false,
             nested: matches!(mode, Mode::Level4By5 | Mode::Ept),
             ad: true,
+            smap: false,
+            nx: true,
+            bits: 46,
+        }
+    }
+
+    pub fn rules(&self) -> Rules {
+        Rules {
+            smep: self.smep,
+            smap: self.smap,
         }
     }
 
@@ -190,7 +211,7 @@ impl Paging {
     }
 
     pub fn rsvd(&self) -> [[u64; 5]; 2] {
-        let high = 0xf_c000_0000_0000;
+        let high = (1 << 52) - (1 << self.bits);
         match self.mode {
             Mode::Bits32 => [[0; 5], [0, 0x1f << 17, 0, 0, 0]],
             Mode::Ept => {
@@ -200,10 +221,13 @@ impl Paging {
                     [high, high | 0x1ff << 12, high | PS, high | PS, high | PS],
                 ]
             }
-            _ => [
-                [high, high, high | PS, high | PS, high | PS],
-                [high, high | 0xff << 13, high | PS, high | PS, high | PS],
-            ],
+            _ => {
+                let high = high | if self.nx { 0 } else { NX };
+                [
+                    [high, high, high | PS, high | PS, high | PS],
+                    [high, high | 0xff << 13, high | PS, high | PS, high | PS],
+                ]
+            }
         }
     }
 
@@ -256,7 +280,9 @@ impl Paging {
                     let w = access & ACC_WRITE != 0 || !user && !self.wp;
                     let u = access & ACC_USER != 0;
                     let smep = self.smep && !user && u;
+                    let smap = self.smap && !user && !exec && u;
                     access & ACC_READ == 0
+                        || smap
                         || write && !w
                         || user && !u
                         || exec && (access & ACC_EXEC == 0 || smep)
@@ -291,8 +317,9 @@ impl Paging {
             level
                 | flag(self.mode == Mode::Bits32, 4)
                 | u32::from(ACC_ALL) << 8
-                | 1 << 13
+                | flag(self.nx || self.mode == Mode::Ept, 13)
                 | flag(self.wp, 14)
+                | flag(self.smap && !self.wp, 15)
                 | flag(!self.ad, 16)
                 | flag(self.nested, 17)
                 | flag(self.mode == Mode::Level4By5, 18)
@@ -363,14 +390,15 @@ impl Paging {
                 return None;
             }
             let entry = ram.load(self.entry_gpa(table, self.index(va, level)), self.width());
-            let accessed = !self.ad || entry & self.accessed() != 0;
+            let rom = ram.is_rom(table);
+            let accessed = !self.ad || rom || entry & self.accessed() != 0;
             if !self.is_present(entry) || !accessed || self.is_reserved(entry, level) {
                 return None;
             }
             access &= self.access(entry);
             let frame = self.frame(entry, level);
             if self.is_leaf(entry, level) {
-                if self.ad && entry & self.dirty() == 0 {
+                if self.ad && !rom && entry & self.dirty() == 0 {
                     access &= !ACC_WRITE;
                 }
                 let inside = (va & ((1 << self.shift(level)) - 1)) >> 12;

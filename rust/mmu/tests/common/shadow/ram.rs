@@ -2,16 +2,18 @@
 
 //! The guest's memory: what is in it, and which frames of the host back it.
 
+use crate::common::format::physical_bits;
 use rmmu_engine::mmu::{
     shadow::{
         guest::{Exchange, GuestMemory, Width, GROUP},
         PagePtr, Shadow,
     },
-    Gfn, Host, Pfn,
+    Gfn, Host, Pfn, SpteFormat,
 };
 use std::{
     cell::{Cell, RefCell},
     collections::{BTreeSet, HashMap},
+    ops::Range,
 };
 
 /// The host's page behind a frame.
@@ -19,6 +21,10 @@ use std::{
 pub struct Backing {
     pub pfn: Pfn,
     pub writable: bool,
+}
+
+fn any_contains(ranges: &RefCell<Vec<Range<u64>>>, gfn: Gfn) -> bool {
+    ranges.borrow().iter().any(|range| range.contains(&gfn.0))
 }
 
 /// See the module.
@@ -30,6 +36,10 @@ pub struct Ram {
     /// frames do that KSM merged, or that are the zero page.
     owners: RefCell<HashMap<u64, BTreeSet<u64>>>,
     next: Cell<u64>,
+    /// Frames that no slot has now.
+    absent: RefCell<Vec<Range<u64>>>,
+    /// Frames of read-only slots.
+    read_only: RefCell<Vec<Range<u64>>>,
     /// Frames of 2 MiB that the host maps by a huge page.
     pub huge: RefCell<BTreeSet<u64>>,
     /// Frames that were written to since they were last taken from here.
@@ -41,13 +51,16 @@ pub struct Ram {
 }
 
 impl Ram {
-    pub fn new(frames: u64) -> Ram {
+    pub fn new(frames: u64, format: &SpteFormat) -> Ram {
         let ram = Ram {
             frames,
             words: RefCell::default(),
             backing: RefCell::default(),
             owners: RefCell::default(),
-            next: Cell::new(0x1_0000),
+            // In the upper quarter of what there can be.
+            next: Cell::new(3 << (physical_bits(format) - 14)),
+            absent: RefCell::default(),
+            read_only: RefCell::default(),
             huge: RefCell::default(),
             written: RefCell::default(),
             changed: Cell::new(false),
@@ -112,7 +125,38 @@ impl Ram {
     }
 
     pub fn contains(&self, gfn: Gfn) -> bool {
-        gfn.0 < self.frames
+        gfn.0 < self.frames && !any_contains(&self.absent, gfn)
+    }
+
+    /// The frame is in a read-only slot.
+    pub fn is_rom(&self, gfn: Gfn) -> bool {
+        any_contains(&self.read_only, gfn)
+    }
+
+    /// No slot has these frames any more.
+    pub fn remove(&self, range: Range<u64>) {
+        for gfn in range.clone() {
+            if let Some(old) = self.backing.borrow_mut().remove(&gfn) {
+                let mut owners = self.owners.borrow_mut();
+                owners.entry(old.pfn.0).or_default().remove(&gfn);
+            }
+            self.huge.borrow_mut().remove(&(gfn >> 9));
+        }
+        self.read_only.borrow_mut().retain(|one| *one != range);
+        self.absent.borrow_mut().push(range);
+        self.changed.set(true);
+    }
+
+    /// A slot has these frames again, backed by other pages of the host.
+    pub fn add(&self, range: Range<u64>, read_only: bool) {
+        for gfn in range.clone() {
+            self.back(Gfn(gfn), true);
+        }
+        self.absent.borrow_mut().retain(|one| *one != range);
+        if read_only {
+            self.read_only.borrow_mut().push(range);
+        }
+        self.changed.set(true);
     }
 
     /// Reads memory.
@@ -154,6 +198,10 @@ impl Seen<'_> {
         let gfn = Gfn(gpa >> 12);
         let format = self.machine.format();
         let pfn = self.ram.backing(gfn).unwrap().pfn;
+        if self.ram.owners(pfn).len() > 1 {
+            // It may be written to as another frame, which nobody can notice.
+            return;
+        }
         let tlbs = self.machine.tlbs.borrow();
         if !tlbs.iter().any(|tlb| tlb.may_write(format, pfn)) {
             return;
@@ -192,8 +240,8 @@ impl GuestMemory for Seen<'_> {
         self.machine.valid_slot(table).map(|_| table)
     }
 
-    fn is_writable(&self, _page: Gfn) -> bool {
-        true
+    fn is_writable(&self, page: Gfn) -> bool {
+        !self.ram.is_rom(page)
     }
 
     fn read(&self, page: Gfn, offset: u16, width: Width) -> Option<u64> {
