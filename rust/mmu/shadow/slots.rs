@@ -274,10 +274,13 @@ impl Shadow {
             Flush::none(),
             |op, rmap| {
                 // A page that shadows a table of the guest has entries as small as
-                // the guest's. Only direct pages can be done without.
+                // the guest's. Only direct pages can be done without. What is not
+                // present any more was dropped: should an entry stay in a map that it
+                // does not belong to, it is not found over and over.
                 while let Some(entry) = Rmap::new(rmap).find(host, op.lock, |entry| {
                     let page = entry.page;
-                    page.role().is_direct()
+                    entry.spte().is_present()
+                        && page.role().is_direct()
                         && range.contains(page.gfn())
                         && page.level() < max_level_of(page.gfn())
                 }) {

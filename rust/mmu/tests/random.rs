@@ -418,7 +418,7 @@ fn ept_without_ad_bits_does_what_the_model_does() {
 
 #[test]
 fn npt_with_52_bits_of_an_address_does_what_the_model_does() {
-    run(npt_of(52), 0x5252_5252, 40_000);
+    run(npt_of(52), 0x5252_5252, 10_000);
 }
 
 #[test]
@@ -426,5 +426,5 @@ fn ept_with_48_bits_of_an_address_and_a_log_does_what_the_model_does() {
     let seed = 0x4848_4848;
     let mut test = Test::new(ept_of(48, true), seed);
     test.vm.host.pml = true;
-    run_test(test, seed, 40_000);
+    run_test(test, seed, 10_000);
 }

@@ -10,14 +10,21 @@ mod common;
 mod shadow;
 
 use common::{format, Random};
-use rmmu_engine::mmu::{shadow::Maximum, Gfn, GfnRange};
+use rmmu_engine::mmu::{
+    shadow::{Counter, Maximum},
+    sync::atomic::Ordering,
+    Gfn, GfnRange, Level,
+};
 use shadow::{
     cpu::Kind,
     host::Slot,
     paging::{Mode, Paging, FULL},
     Touch, Vm,
 };
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    cell::Cell,
+    collections::{BTreeMap, BTreeSet},
+};
 
 const ROOT: u64 = 0x10;
 const L3: u64 = 0x11;
@@ -140,5 +147,36 @@ fn one_entry_needs_no_descriptor() {
     assert_ne!(vm.cache.get(), (5, 0));
     assert_eq!(vm.machine.descs.get(), 1);
     vm.check();
+    vm.destroy();
+}
+
+/// A map that also has the entry of another frame, as a fault of ours may leave it.
+#[test]
+fn recovery_of_huge_pages_ends_although_an_entry_is_in_a_wrong_map() {
+    let slots = vec![Slot::new(0, 0x400, false)];
+    let mut vm = Vm::new(format::npt(), Paging::new(Mode::Level4), slots, 1);
+    vm.prefetch.set(false);
+    vm.load_direct(0, false);
+    vm.touch_direct(0, 0x200, Kind::WRITE);
+    let mut leaf = None;
+    vm.visit(|page| {
+        if page.role.level() == Level::L4K {
+            leaf = Some(vm.machine.entry_address(page.hpa, 0));
+        }
+    });
+    let (machine, slot) = (&vm.machine, &vm.machine.slots[0]);
+    let wrong = slot.head(Gfn(0x201), Level::L4K).unwrap();
+    wrong.store(leaf.unwrap(), Ordering::Relaxed);
+    let looked = Cell::new(0);
+    machine.write(|lock| {
+        vm.shadow.recover_huge(machine, lock, slot, |_| {
+            looked.set(looked.get() + 1);
+            assert!(looked.get() < 10, "the same entry is found for ever");
+            Level::L2M
+        });
+    });
+    assert_eq!(machine.counter(Counter::ShadowZapped), 0);
+    assert_eq!(machine.leaves[0].get(), 0);
+    wrong.store(0, Ordering::Relaxed);
     vm.destroy();
 }
