@@ -514,7 +514,7 @@ impl World {
         let range = self.frames(number);
         let lift = self.random.once_in(2);
         let writable = !self.random.once_in(4);
-        match self.random.below(14) {
+        match self.random.below(16) {
             0 | 1 => self.vm.invalidate(range, |ram| {
                 for gfn in range.start.0..range.end.0 {
                     ram.huge.borrow_mut().remove(&(gfn >> 9));
@@ -525,17 +525,18 @@ impl World {
                 let range = GfnRange::of(Gfn(HUGE), Level::L2M);
                 self.vm.invalidate(range, |ram| ram.back_huge(Gfn(HUGE)));
             }
-            3 => {
-                // Two frames of data share a page, of whatever slots. What is written to
-                // a table under another name goes unnoticed, with in-tree KVM, too.
-                let with = Gfn(self.data());
-                let first = Gfn(self.data());
-                let range = GfnRange::new(first, first.add(1));
-                let there = |gfn| self.vm.machine.valid_slot(gfn).is_some();
-                if there(with) && there(range.start) {
+            3 | 13 | 14 => {
+                // Frames of data share a page. What is written to a table under another
+                // name goes unnoticed, with in-tree KVM, too.
+                let near = Gfn(NEAR[self.random.below(5) as usize]);
+                let range = GfnRange::new(near.add(1), near.add(2 + self.random.below(7)));
+                let there = |gfn: u64| self.vm.machine.valid_slot(Gfn(gfn)).is_some();
+                if (near.0..range.end.0).all(there) {
                     self.vm.invalidate(range, |ram| {
-                        ram.huge.borrow_mut().remove(&(range.start.0 >> 9));
-                        ram.share(range.start, with);
+                        for gfn in range.start.0..range.end.0 {
+                            ram.huge.borrow_mut().remove(&(gfn >> 9));
+                            ram.share(Gfn(gfn), near);
+                        }
                     });
                     self.note("shared");
                 }
@@ -550,7 +551,7 @@ impl World {
                     self.harvest(number, lift);
                 }
             }
-            7 => self.vm.zap_fast(),
+            7 if self.random.once_in(3) => self.vm.zap_fast(),
             8 => {
                 let machine = &self.vm.machine;
                 machine.write(|lock| self.vm.shadow.recover_nx(machine, lock, 3, |_, _| lift));
