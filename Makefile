@@ -4,6 +4,9 @@
 # A user's own kernel: its release, or its prepared source tree.
 KVER ?=
 KDIR ?=
+# "no": build although nobody has compared rmmu with this kernel's MMU.
+REVIEWED ?=
+export RMMU_REVIEWED := $(REVIEWED)
 # The kernel that tests boot: stock, debug, or a release or series that scripts/kernels lists.
 KERNEL ?=
 
@@ -63,6 +66,7 @@ help:
 	@echo '  make KDIR=TREE    build it for the kernel of a prepared source tree of your own'
 	@echo '  make KVER=RELEASE build it for a kernel of Debian (scripts/kernels lists them), or for any other of which'
 	@echo '                    /lib/modules/RELEASE/build is a prepared source tree'
+	@echo '  make REVIEWED=no  build it although this kernel has an MMU that rmmu was not reviewed against'
 	@echo '  make demo         boot a Linux guest on in-tree KVM and on rmmu, side by side'
 	@echo '  make check        all that CI tests: host tests, lints, module build, tests in the VM'
 	@echo '  make check KERNEL=debug  the tests in the VM, on a kernel that checks memory, locks, RCU and leaks (hours)'

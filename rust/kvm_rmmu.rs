@@ -36,6 +36,7 @@ struct Rmmu;
 
 impl kernel::Module for Rmmu {
     fn init(_module: &'static ThisModule) -> Result<Self> {
+        kvm::log_review();
         hook::prepare();
         vm::init();
         vm::debugfs_init();

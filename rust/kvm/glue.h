@@ -147,6 +147,9 @@ bool rmmu_gfn_dirty_tracked(struct kvm *kvm, bool smm, gfn_t gfn);
 void rmmu_vm_bug(struct kvm *kvm, const char *what);
 void rmmu_warn(const char *what);
 
+/* Says so in the log if this kernel's MMU is not one that rmmu was reviewed against. */
+void rmmu_log_review(void);
+
 /* debugfs */
 void rmmu_show_audit(struct seq_file *m, void *vm);
 struct dentry *rmmu_debugfs_init(void);

@@ -28,6 +28,12 @@ pub use slot::Slot;
 pub use vcpu::{Mmu, RootSet, Vcpu};
 pub use vm::Kvm;
 
+/// Says in the log if the module was built for a kernel whose MMU nobody has compared with ours.
+pub fn log_review() {
+    // SAFETY: prints a string of the module.
+    unsafe { bindings::rmmu_log_review() }
+}
+
 /// `EOPNOTSUPP`, which the kernel crate does not name.
 pub fn not_supported() -> kernel::error::Error {
     kernel::error::Error::from_errno(-(kernel::bindings::EOPNOTSUPP as i32))

@@ -342,6 +342,8 @@ def build_module(root, kernel):
                     break
             if not (build / MODULE).exists():
                 raise ui.Error(f"the build made no {MODULE}\n--- end of {log} ---\n{ui.tail(log)}")
+            for text in re.findall(r"^KVM's MMU: .*", log.read_text(errors="replace"), re.M):
+                step.note(text)
             product.parent.mkdir(exist_ok=True)
             partial = product.with_suffix(".partial")
             shutil.copy(build / MODULE, partial)
