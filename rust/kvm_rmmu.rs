@@ -32,7 +32,10 @@ module! {
 }
 
 /// The loaded module.
-struct Rmmu;
+struct Rmmu {
+    /// Goes first: no file of it is open any more, and none is opened.
+    device: Option<vm::Device>,
+}
 
 impl kernel::Module for Rmmu {
     fn init(_module: &'static ThisModule) -> Result<Self> {
@@ -44,12 +47,22 @@ impl kernel::Module for Rmmu {
             vm::debugfs_exit();
             return Err(error);
         }
-        Ok(Rmmu)
+        match vm::device() {
+            Ok(device) => Ok(Rmmu {
+                device: Some(device),
+            }),
+            Err(error) => {
+                hook::exit();
+                vm::debugfs_exit();
+                Err(error)
+            }
+        }
     }
 }
 
 impl Drop for Rmmu {
     fn drop(&mut self) {
+        self.device = None;
         hook::exit();
         vm::debugfs_exit();
     }

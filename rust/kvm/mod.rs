@@ -10,6 +10,7 @@ pub mod audit;
 pub mod bindings;
 pub mod btf;
 pub mod calls;
+pub mod device;
 pub mod host;
 pub mod lock;
 pub mod page;

@@ -46,6 +46,12 @@ pub fn audit_at_end() -> bool {
     unsafe { (&raw const bindings::rmmu_audit_at_end).read_volatile() }
 }
 
+/// The process that runs now.
+pub fn current_pid() -> i32 {
+    // SAFETY: no precondition.
+    unsafe { bindings::rmmu_current_pid() }
+}
+
 /// Whether there may be one more message of those that users of KVM can cause; else it is counted as suppressed.
 pub fn may_log() -> bool {
     // SAFETY: no precondition.

@@ -5,12 +5,12 @@
 // C structs without members (locks without lockdep) are only ever pointed at.
 #![allow(improper_ctypes_definitions)]
 
-use super::{Vm, STATS};
+use super::{control::module_stats, Vm};
 use crate::{
     kvm::{
         bindings,
         shadow::{root_kind, RootKind},
-        symbols, table,
+        symbols,
     },
     mmu::{
         role::Role,
@@ -22,7 +22,7 @@ use crate::{
 };
 use core::{
     ffi::{c_int, c_void},
-    sync::atomic::{AtomicPtr, AtomicU64, Ordering},
+    sync::atomic::{AtomicPtr, Ordering},
 };
 use kernel::{prelude::*, seq_file::SeqFile, seq_print, str::CString};
 
@@ -30,9 +30,6 @@ use kernel::{prelude::*, seq_file::SeqFile, seq_print, str::CString};
 const BATCH: usize = 512;
 /// Leaves of a shadow root that are shown.
 const MAX_SHADOW_LEAVES: u32 = 4096;
-
-/// Distinguishes VMs of one process.
-static NEXT: AtomicU64 = AtomicU64::new(0);
 
 /// A VM's directory.
 pub(super) struct VmDir(AtomicPtr<bindings::dentry>);
@@ -44,9 +41,7 @@ impl VmDir {
 
     /// Makes the directory; without it the VM works as well.
     pub(super) fn create(&self, vm: &Vm) {
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: no precondition.
-        let pid = unsafe { bindings::rmmu_current_pid() };
+        let (pid, number) = vm.id;
         let Ok(name) = CString::try_from_fmt(fmt!("{}-{}", pid, number)) else {
             return;
         };
@@ -121,26 +116,9 @@ unsafe extern "C" fn rmmu_show_hooks(m: *mut bindings::seq_file) {
 unsafe extern "C" fn rmmu_show_stats(m: *mut bindings::seq_file) {
     // SAFETY: called by debugfs.
     let m = unsafe { seq(m) };
-    seq_print!(m, "vms_owned {}\n", STATS.owned.load(Ordering::Relaxed));
-    seq_print!(
-        m,
-        "vms_owned_total {}\n",
-        STATS.owned_total.load(Ordering::Relaxed)
-    );
-    seq_print!(
-        m,
-        "vms_declined {}\n",
-        STATS.declined.load(Ordering::Relaxed)
-    );
-    for (name, counter) in [
-        ("audits", &STATS.audits),
-        ("audited_entries", &STATS.audited_entries),
-        ("audit_findings", &STATS.audit_findings),
-    ] {
-        seq_print!(m, "{} {}\n", name, counter.load(Ordering::Relaxed));
+    for (name, value) in module_stats() {
+        seq_print!(m, "{} {}\n", name, value);
     }
-    seq_print!(m, "table_pages {}\n", table::live());
-    seq_print!(m, "hooks_attached {}\n", u8::from(crate::hook::attached()));
 }
 
 /// The file `owner`.
@@ -232,18 +210,8 @@ unsafe extern "C" fn rmmu_show_tables(m: *mut bindings::seq_file, data: *mut c_v
 unsafe extern "C" fn rmmu_show_faults(m: *mut bindings::seq_file, data: *mut c_void) {
     // SAFETY: called by debugfs.
     let (m, vm) = unsafe { (seq(m), vm(data)) };
-    let faults = &vm.faults;
-    for (name, counter) in [
-        ("fixed", &faults.fixed),
-        ("fast", &faults.fast),
-        ("spurious", &faults.spurious),
-        ("retry", &faults.retry),
-        ("mmio", &faults.mmio),
-        ("emulate", &faults.emulate),
-        ("guest", &faults.guest),
-        ("error", &faults.error),
-    ] {
-        seq_print!(m, "{} {}\n", name, counter.load(Ordering::Relaxed));
+    for (name, value) in vm.faults.each() {
+        seq_print!(m, "{} {}\n", name, value);
     }
 }
 

@@ -15,11 +15,13 @@
 //! - `slots`: memory slots, the mmu notifier, zapping;
 //! - `dirty`: dirty logging and huge pages;
 //! - `audit`: whether everything that the MMUs keep fits together;
-//! - `debugfs`: what the user can look at.
+//! - `control`: what operators read and set;
+//! - `debugfs`: what else the user can look at.
 
 mod around;
 mod audit;
 mod backing;
+mod control;
 mod debugfs;
 mod dirty;
 mod fault;
@@ -42,6 +44,7 @@ use crate::{
 use core::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use kernel::prelude::*;
 
+pub use control::{device, Device};
 pub use debugfs::{exit as debugfs_exit, init as debugfs_init};
 
 /// What became of faults; every fault is counted once.
@@ -57,9 +60,28 @@ struct FaultCounters {
     error: AtomicU64,
 }
 
+impl FaultCounters {
+    /// All of them, by name.
+    fn each(&self) -> [(&'static str, u64); 8] {
+        [
+            ("fixed", &self.fixed),
+            ("fast", &self.fast),
+            ("spurious", &self.spurious),
+            ("retry", &self.retry),
+            ("mmio", &self.mmio),
+            ("emulate", &self.emulate),
+            ("guest", &self.guest),
+            ("error", &self.error),
+        ]
+        .map(|(name, counter)| (name, counter.load(Ordering::Relaxed)))
+    }
+}
+
 /// Our data of a VM, found through the owner mark in `struct kvm`.
 pub struct Vm {
     kvm: &'static Kvm,
+    /// Its name: the process that created it, and a number that tells the VMs of a process apart.
+    id: (i32, u64),
     /// How entries look.
     format: SpteFormat,
     tdp: Tdp,
@@ -95,6 +117,9 @@ static STATS: Stats = Stats {
     audit_findings: AtomicU64::new(0),
 };
 
+/// Distinguishes VMs of one process.
+static NEXT: AtomicU64 = AtomicU64::new(0);
+
 kernel::sync::global_lock! {
     /// Creation of owned VMs against switching the static key, which is fixed while one exists.
     // SAFETY: initialised in `init`. Hooks come later, and who sets a parameter looks at `READY` first.
@@ -108,6 +133,7 @@ static READY: AtomicBool = AtomicBool::new(false);
 pub fn init() {
     // SAFETY: called once, before anything locks it.
     unsafe { OWNERSHIP.init() };
+    control::init();
     READY.store(true, Ordering::Release);
 }
 
@@ -246,6 +272,7 @@ fn take(kvm: &Kvm) -> Result {
     let vm = KBox::new(
         Vm {
             kvm: kvm.for_lifetime_of_owner(),
+            id: (param::current_pid(), NEXT.fetch_add(1, Ordering::Relaxed)),
             format: param::spte_format(kvm),
             tdp: Tdp::new(),
             shadow: Shadow::new(kvm.max_mmu_pages()),
@@ -259,6 +286,7 @@ fn take(kvm: &Kvm) -> Result {
         },
         GFP_KERNEL,
     )?;
+    control::add(&vm)?;
     vm.debugfs.create(&vm);
     kvm.give_to_owner(vm);
     core::mem::forget(reference);
@@ -270,6 +298,7 @@ fn take(kvm: &Kvm) -> Result {
 /// The VM is destroyed: gives back everything, and the module reference for the caller to drop last, after [`released`].
 pub fn release(kvm: &Kvm) -> Option<ModuleReference> {
     let vm = kvm.take_from_owner::<Vm>()?;
+    control::remove(&vm);
     vm.debugfs.remove();
     {
         let mut lock = kvm.write_lock();
