@@ -8,7 +8,7 @@
 
 use crate::kvm::{
     bindings,
-    btf::{self, Btf, Expected, Field, Layout, Mismatch, Wanted},
+    btf::{self, Bits, Btf, Expected, Field, Layout, Mismatch, Wanted},
     symbols,
 };
 use core::{
@@ -33,8 +33,24 @@ const fn pointee<T, F>(_: fn(*const T) -> *const F) -> usize {
     size_of::<F>()
 }
 
+/// Where the bits are that a setter of bindgen's sets.
+fn mask<T: Default>(set: impl FnOnce(&mut T)) -> u64 {
+    let mut bits = T::default();
+    set(&mut bits);
+    let mut mask = 0u64;
+    let len = size_of::<T>().min(size_of::<u64>());
+    // SAFETY: both are at least so long, and bitfields that are set or zero are initialised.
+    unsafe {
+        core::ptr::from_ref(&bits)
+            .cast::<u8>()
+            .copy_to_nonoverlapping((&raw mut mask).cast(), len)
+    };
+    mask
+}
+
+// `struct { field, ... }`, and of bitfields `[type of bindgen's that has them]: name by setter, ...`.
 macro_rules! layouts {
-    ($($name:ident { $($($field:ident).+),* $(,)? })*) => {
+    ($($name:ident { $($($field:ident).+),* $(,)? } $([$type:ident]: $($bits:ident by $set:ident),+;)?)*) => {
         &[$(Layout {
             name: stringify!($name),
             size: size_of::<bindings::$name>(),
@@ -44,6 +60,7 @@ macro_rules! layouts {
                 // SAFETY: never called; only its type is looked at.
                 size: pointee(|whole: *const bindings::$name| unsafe { &raw const (*whole).$($field).+ }),
             }),*],
+            bits: &[$($(Bits { name: stringify!($bits), mask: || mask::<bindings::$type>(|all| all.$set(!0)) }),+)?],
         }),*]
     };
 }
@@ -58,32 +75,45 @@ static LAYOUTS: &[Layout] = layouts! {
     kvm_arch {
         indirect_shadow_pages, mmu_valid_gen, vm_type, pre_fault_allowed, active_mmu_pages, shadow_mmio_value,
         tdp_mmu_roots, tdp_mmu_pages_lock, disable_nx_huge_pages, nx_huge_page_last, cpu_dirty_log_size,
-        n_max_mmu_pages, mmu_page_hash, mmu_unsync_pages_lock, shadow_root_allocated, split_page_header_cache,
-        split_shadow_page_cache, split_desc_cache, disabled_quirks, has_private_mem, has_mapped_host_mmio,
+        external_write_tracking_enabled, n_max_mmu_pages, mmu_page_hash, mmu_unsync_pages_lock, shadow_root_allocated,
+        split_page_header_cache, split_shadow_page_cache, split_desc_cache, disabled_quirks, has_private_mem, has_mapped_host_mmio,
     }
     kvm_vm_stat {
         mmu_shadow_zapped, mmu_pte_write, mmu_pde_zapped, mmu_flooded, mmu_recycled, mmu_cache_miss, mmu_unsync,
         mmu_shadow_pages, nx_lpage_splits, max_mmu_page_hash_collisions, max_mmu_rmap_size, __bindgen_anon_1.pages,
     }
-    kvm_vcpu { kvm, vcpu_id, requests, stat, arch, run }
+    kvm_vcpu { kvm, vcpu_id, vcpu_idx, requests, stat, arch, run }
     kvm_vcpu_arch {
-        mmu, root_mmu, guest_mmu, mmu_shadow_page_cache, mmu_page_header_cache, apf,
-        mmio_gva, mmio_access, mmio_gfn, mmio_gen, mmu_pte_list_desc_cache, mmu_shadowed_info_cache, pkru, rip, regs_avail,
-        cr4, cr4_guest_owned_bits, last_retry_eip, last_retry_addr, exception, interrupt, nmi_injected, hflags,
+        mmu, root_mmu, guest_mmu, mmu_shadow_page_cache, mmu_page_header_cache, apf, apf.id, mmio_gva, mmio_access, mmio_gfn, mmio_gen, mmu_pte_list_desc_cache, mmu_shadowed_info_cache, pkru, rip, regs_avail,
+        cr4, cr4_guest_owned_bits, last_retry_eip, last_retry_addr, exception.injected, interrupt.injected, nmi_injected, hflags,
     }
-    kvm_vcpu_stat { pf_taken, pf_fixed, pf_emulate, pf_spurious, pf_fast, pf_mmio_spte_created, tlb_flush }
+    kvm_vcpu_stat { pf_taken, pf_fixed, pf_emulate, pf_spurious, pf_fast, pf_mmio_spte_created, tlb_flush, signal_exits }
     kvm_mmu {
         page_fault, sync_spte, root, mirror_root_hpa, root_role, prev_roots, pae_root, pml4_root, pml5_root,
     }
-    x86_exception { vector, error_code_valid, error_code, nested_page_fault, async_page_fault, exit_qualification }
+    x86_exception {
+        vector, error_code_valid, error_code, nested_page_fault, async_page_fault, exit_qualification,
+        __bindgen_anon_1.address,
+    }
     kvm_mmu_root_info { pgd, hpa }
-    kvm_mmu_page { tdp_mmu_page, role, gfn, spt, has_mapped_host_mmio, callback_head }
+    kvm_mmu_page {
+        tdp_mmu_page, unsync, role, gfn, spt, __bindgen_anon_2.root_count, has_mapped_host_mmio, callback_head,
+        __bindgen_anon_1.mmu_valid_gen,
+    }
+    kvm_mmu_page_role { word }
+        [kvm_mmu_page_role__bindgen_ty_1]: level by set_level, has_4_byte_gpte by set_has_4_byte_gpte, direct by set_direct,
+            access by set_access, ad_disabled by set_ad_disabled, guest_mode by set_guest_mode, smm by set_smm,
+            cr0_wp by set_cr0_wp, cr4_smep by set_cr4_smep;
+    kvm_cpu_role { __bindgen_anon_1.base, __bindgen_anon_1.ext }
+    kvm_mmu_extended_role { word }
+        [kvm_mmu_extended_role__bindgen_ty_1]: cr4_smap by set_cr4_smap, cr4_pse by set_cr4_pse,
+            has_pferr_fetch by set_has_pferr_fetch;
     kvm_mmu_memory_cache { gfp_zero, init_value, kmem_cache, capacity, nobjs, objects }
-    kvm_memory_slot { base_gfn, npages, dirty_bitmap, arch, userspace_addr, flags, id, as_id, gmem, gfn_node }
+    kvm_memory_slot { base_gfn, npages, dirty_bitmap, arch, userspace_addr, flags, id, id_node, as_id, gmem, gfn_node }
     kvm_arch_memory_slot { rmap, lpage_info, gfn_write_track }
     kvm_rmap_head { val }
     kvm_lpage_info { disallow_lpage }
-    kvm_memslots { generation, gfn_tree, node_idx, last_used_slot }
+    kvm_memslots { generation, gfn_tree, id_hash, node_idx, last_used_slot }
     kvm_gfn_range { slot, start, end, attr_filter, may_block, lockless }
     kvm_async_pf { cr2_or_gpa, arch, wakeup_all }
     kvm_arch_async_pf { token, gfn, cr3, direct_map, error_code }
@@ -95,16 +125,25 @@ static LAYOUTS: &[Layout] = layouts! {
     tracepoint { key }
     ftrace_ops { func, flags, private, direct_call }
     file { private_data }
-    kvm_run { exit_reason, __bindgen_anon_1.memory_fault }
+    module { name }
+    notifier_block { notifier_call }
+    kprobe { symbol_name, addr }
+    static_key { enabled }
+    list_head { next, prev }
+    kvm_enable_cap { cap }
+    kvm_run {
+        exit_reason, __bindgen_anon_1.memory_fault.flags, __bindgen_anon_1.memory_fault.gpa,
+        __bindgen_anon_1.memory_fault.size,
+    }
     mm_struct { __bindgen_anon_1.pgd, __bindgen_anon_1.vma_writer_wait, __bindgen_anon_1.mm_lock_seq }
     vm_area_struct {
         __bindgen_anon_1.__bindgen_anon_1.vm_start, __bindgen_anon_1.__bindgen_anon_1.vm_end, vm_mm,
         __bindgen_anon_2.vm_flags, vm_refcnt,
     }
-    folio { __bindgen_anon_1.__bindgen_anon_1.flags, __bindgen_anon_1.__bindgen_anon_1.mapping }
+    folio { __bindgen_anon_1.page, __bindgen_anon_1.__bindgen_anon_1.flags, __bindgen_anon_1.__bindgen_anon_1.mapping }
     address_space { flags }
     page {
-        flags, __bindgen_anon_1.__bindgen_anon_1.private, __bindgen_anon_1.__bindgen_anon_3.compound_info,
+        flags, _refcount, __bindgen_anon_2.page_type, __bindgen_anon_1.__bindgen_anon_1.private, __bindgen_anon_1.__bindgen_anon_3.compound_info,
     }
 };
 

@@ -12,7 +12,7 @@ use core::fmt;
 
 #[path = "btf/check.rs"]
 mod check;
-pub use check::{check, Expected, Field, Layout, Mismatch, Wanted};
+pub use check::{check, Bits, Expected, Field, Layout, Mismatch, Wanted};
 
 /// How many records lie between two marks.
 const STEP: u32 = 32;

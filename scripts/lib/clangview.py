@@ -3,7 +3,7 @@
 """What the functions of C sources do with the fields of structures, as clang's parser sees it. Runs in the build root.
 
 Usage: clangview.py REQUEST, a JSON file: {"sources": [path...], "flags": [...], "directories": [...], "records": [...]}.
-Functions whose definition is in none of the directories are left out. Prints JSON:
+Without records, those of all structures that have a name are looked at. Functions whose definition is in none of the directories are left out. Prints JSON:
 
     {source: {"errors": [...], "functions": {name: {"file": path, "global": bool, "uses": {"record.field": "rwa"},
                                                     "names": [functions that it calls or whose address it takes]}}}}
@@ -110,7 +110,7 @@ class Unit:
         self.clang = library
         # Made once: making one takes longer than a visit.
         self.found, self.visitor = [], VISITOR(self._visit)
-        self.directories, self.records = tuple(directories), set(records)
+        self.directories, self.records = tuple(directories), set(records or [])
         arguments = [flag.encode() for flag in flags]
         index = library.clang_createIndex(0, 0)
         self.handle = library.clang_parseTranslationUnit(
@@ -190,7 +190,8 @@ class Unit:
             while parent.kind in (STRUCT, UNION) and not re.fullmatch(r"\w+", record):
                 parent = self.clang.clang_getCursorSemanticParent(parent)
                 record = self._text(self.clang.clang_getCursorSpelling(parent))
-            named = re.fullmatch(r"\w+", name) and record in self.records
+            known = record in self.records if self.records else re.fullmatch(r"\w+", record)
+            named = re.fullmatch(r"\w+", name) and known
             self.field_names[key] = f"{record}.{name}" if named else None
         return self.field_names[key]
 

@@ -22,6 +22,23 @@ pub struct Field {
     pub size: usize,
 }
 
+/// A bitfield of a struct of at most eight bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct Bits {
+    /// Its name.
+    pub name: &'static str,
+    /// The struct with all bits of the field set, and no others.
+    pub mask: fn() -> u64,
+}
+
+impl Bits {
+    /// The first bit, and the number of bits.
+    fn place(&self) -> (u32, u32) {
+        let mask = (self.mask)();
+        (mask.trailing_zeros(), mask.count_ones())
+    }
+}
+
 /// A struct or union as it was compiled.
 #[derive(Clone, Copy, Debug)]
 pub struct Layout {
@@ -31,6 +48,8 @@ pub struct Layout {
     pub size: usize,
     /// The fields that matter to us.
     pub fields: &'static [Field],
+    /// The bitfields that matter to us.
+    pub bits: &'static [Bits],
 }
 
 /// Something that the kernel must have.
@@ -99,6 +118,19 @@ impl<'e> Wanted<'e> {
                 for field in layout.fields {
                     if let Some(mismatch) = compare_field(btf, record, layout.name, field)? {
                         return Ok(Some(mismatch));
+                    }
+                }
+                for bits in layout.bits {
+                    let (first, width) = bits.place();
+                    let found = btf.field(*record, bits.name)?;
+                    if found.as_ref().map(|found| (found.bits, found.width)) != Some((first, width))
+                    {
+                        return Ok(Some(Mismatch::Bits {
+                            name: layout.name,
+                            field: bits.name,
+                            first,
+                            width,
+                        }));
                     }
                 }
                 Ok(
@@ -248,6 +280,12 @@ pub enum Mismatch<'e> {
         field: &'static Field,
         found: u32,
     },
+    Bits {
+        name: &'e str,
+        field: &'static str,
+        first: u32,
+        width: u32,
+    },
     Prototype {
         name: &'e str,
         expected: &'e str,
@@ -305,6 +343,10 @@ impl fmt::Display for Mismatch<'_> {
                 "struct {name}: field {} has {found} bytes in the running kernel, and {} in the one built for",
                 Path(field.path),
                 field.size
+            ),
+            Self::Bits { name, field, first, width } => write!(
+                f,
+                "struct {name} of the running kernel has no bitfield {field} of {width} bits at bit {first}, as the one built for"
             ),
             Self::Prototype { name, expected, found } => {
                 write!(f, "function {name} is '{}' in the running kernel, expected '{expected}'", found.as_str())

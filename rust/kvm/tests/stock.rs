@@ -103,11 +103,13 @@ fn a_struct_of_another_size_is_named() {
         name: "kvm_mmu_page",
         size: 1,
         fields: &[],
+        bits: &[],
     };
     static MOVED: Layout = Layout {
         name: "kvm_mmu_page",
         size: 1,
         fields: &FIELDS,
+        bits: &[],
     };
     with_btf(|vmlinux, kvm| {
         let found = check(

@@ -4,7 +4,7 @@
 
 #![allow(clippy::result_large_err)] // As in the library.
 
-use rmmu_btf::{check, Btf, Expected, Field, Layout, Malformed, Mismatch, Wanted};
+use rmmu_btf::{check, Bits, Btf, Expected, Field, Layout, Malformed, Mismatch, Wanted};
 
 const INT: u32 = 1;
 const POINTER: u32 = 2;
@@ -145,6 +145,7 @@ static VM: Layout = Layout {
     name: "vm",
     size: 32,
     fields: &[LOCK, ROOT],
+    bits: &[],
 };
 
 /// A kernel with `struct vm { u64 id; int lock; struct arch { u64 gen; union { u64 root; int half; }; } arch; }`.
@@ -211,6 +212,7 @@ fn what_is_absent_is_told_from_what_differs() {
         name: "gone",
         size: 1,
         fields: &[],
+        bits: &[],
     };
     static NO_FIELD: Field = Field {
         path: "arch.none.",
@@ -221,6 +223,7 @@ fn what_is_absent_is_told_from_what_differs() {
         name: "vm",
         size: 32,
         fields: &[NO_FIELD],
+        bits: &[],
     };
     let kernel = vm(64, 8, 32);
     assert_eq!(
@@ -411,6 +414,7 @@ fn arrays_and_bitfields_have_their_place() {
         name: "table",
         size: 32,
         fields: &FIELDS,
+        bits: &[],
     };
     let mut kernel = Writer::kernel();
     let int = kernel.int("int", 4);
@@ -427,6 +431,50 @@ fn arrays_and_bitfields_have_their_place() {
     kernel.record("table", FLAG | (STRUCT << 24) | 3, 32, &members);
     // A bitfield has no size in bytes: only its offset counts.
     assert_eq!(run(&kernel, None, &[Expected::Layout(&TABLE)]), Ok(()));
+}
+
+/// A kernel with `union role { u32 word; struct { u32 level : 4; u32 access : 3; }; }`, but for the place of `access`.
+fn role(access: u32) -> Writer {
+    let mut kernel = Writer::kernel();
+    let int = kernel.int("u32", 4);
+    let members: Vec<u32> = [("level", int, 4 << 24), ("access", int, access)]
+        .iter()
+        .flat_map(|&(name, id, bits)| [kernel.name(name), id, bits])
+        .collect();
+    let bits = kernel.record("", FLAG | (STRUCT << 24) | 2, 4, &members);
+    kernel.composite(UNION, "role", 4, &[("word", int, 0), ("", bits, 0)]);
+    kernel
+}
+
+#[test]
+fn a_bitfield_that_moved_or_grew_is_named() {
+    static ROLE: Layout = Layout {
+        name: "role",
+        size: 4,
+        fields: &[],
+        bits: &[
+            Bits {
+                name: "level",
+                mask: || 0xf,
+            },
+            Bits {
+                name: "access",
+                mask: || 7 << 4,
+            },
+        ],
+    };
+    let expected = [Expected::Layout(&ROLE)];
+    assert_eq!(run(&role(3 << 24 | 4), None, &expected), Ok(()));
+    let mismatch = Err(Mismatch::Bits {
+        name: "role",
+        field: "access",
+        first: 4,
+        width: 3,
+    });
+    assert_eq!(run(&role(3 << 24 | 5), None, &expected), mismatch);
+    assert_eq!(run(&role(4 << 24 | 4), None, &expected), mismatch);
+    // No bitfield any more.
+    assert_eq!(run(&role(4), None, &expected), mismatch);
 }
 
 #[test]
