@@ -10,12 +10,22 @@ export RMMU_REVIEWED := $(REVIEWED)
 # The kernel that tests boot: stock, debug, or a release or series that scripts/kernels lists.
 KERNEL ?=
 
-.PHONY: module demo check check-all kernels bench host-test shell setup refresh fmt clean clean-cache help bootstrap
+.PHONY: install uninstall deb module demo check check-all kernels bench host-test shell setup refresh fmt clean clean-cache help bootstrap
 # The scripts make use of all processors themselves, and share directories: one at a time.
 .NOTPARALLEL:
 
 module: bootstrap
 	@scripts/build-module $(if $(KVER),--kver '$(KVER)') $(if $(KDIR),--kdir '$(KDIR)')
+
+DESTDIR ?=
+install: bootstrap
+	@scripts/install $(if $(KVER),--kver '$(KVER)') $(if $(DESTDIR),--destdir '$(DESTDIR)')
+
+uninstall: bootstrap
+	@scripts/install --uninstall $(if $(DESTDIR),--destdir '$(DESTDIR)')
+
+deb: bootstrap
+	@scripts/make-deb
 
 demo: bootstrap
 	@scripts/demo
@@ -67,6 +77,8 @@ help:
 	@echo '  make KVER=RELEASE build it for a kernel of Debian (scripts/kernels lists them), or for any other of which'
 	@echo '                    /lib/modules/RELEASE/build is a prepared source tree'
 	@echo '  make REVIEWED=no  build it although this kernel has an MMU that rmmu was not reviewed against'
+	@echo '  make install      install what make built, so that it is loaded with KVM (KVER=, DESTDIR=); uninstall: the opposite'
+	@echo '  make deb          the Debian package kvm-rmmu-dkms, which builds the module for each kernel, into out/deb/'
 	@echo '  make demo         boot a Linux guest on in-tree KVM and on rmmu, side by side'
 	@echo '  make check        all that CI tests: host tests, lints, module build, tests in the VM'
 	@echo '  make check KERNEL=debug  the tests in the VM, on a kernel that checks memory, locks, RCU and leaks (hours)'

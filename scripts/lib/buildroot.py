@@ -308,11 +308,12 @@ def install_on_host(packages):
                   "--no-install-recommends", *packages])
 
 
-def make_for(packages, directory, purpose, log):
-    """A root with other packages, for one job; the caller deletes it. On a host that runs the suite: the host."""
+def make_for(packages, directory, purpose, log, options=()):
+    """A root with other packages, made with more options of mmdebstrap; the caller deletes it. On a host that runs the suite: the host."""
     if archive.host_is_suite():
         return _host_root(packages)
-    _mmdebstrap(directory, offer(), packages, f"{purpose}: a root of its own with {len(packages)} packages", log)
+    _mmdebstrap(directory, offer(), packages, f"{purpose}: a root of its own with {len(packages)} packages", log,
+                options)
     return Root(directory, None)
 
 
@@ -344,10 +345,10 @@ def make_of_suite(found, packages):
     return Root(path / "rootfs", cache.hash_key(*parts))
 
 
-def _mmdebstrap(target, found, packages, title, log):
+def _mmdebstrap(target, found, packages, title, log, options=()):
     if not archive.KEYRING.exists():
         raise ui.Error(f"{archive.KEYRING} is missing. Install the package debian-archive-keyring.")
-    options = [f"--aptopt={text}" for text in archive.proxy_options()]
+    options = [*options, *(f"--aptopt={text}" for text in archive.proxy_options())]
     if not found.valid_until:
         options.append('--aptopt=Acquire::Check-Valid-Until "false"')
     source = f"deb [signed-by={archive.KEYRING}] {found.mirror} {found.suite} main"
