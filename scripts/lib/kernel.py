@@ -188,7 +188,7 @@ def prepare(root, debs, headers, tree, release):
 
 # What a configuration notes of the tools that it was made with: their versions, and what they can do. None of it is
 # chosen, and what follows from it for the code is in options of its own.
-_TOOLS = "(CC|GCC|CLANG|AS|LD|LLD|RUSTC|RUSTC_LLVM|BINDGEN|PAHOLE|TOOLS)"
+_TOOLS = "(CC|GCC|CLANG|AS|LD|LLD|RUSTC|RUSTC_LLVM|BINDGEN|PAHOLE|OPENSSL|TOOLS)"
 _ABOUT_TOOLS = re.compile(rf"CONFIG_{_TOOLS}_((MAJOR_)?VERSION(_TEXT)?|(HAS|CAN|NO|SUPPORTS?)_\w+|\w+_BROKEN)")
 # The stock kernel's own mark, which its package sets and a tree need not have.
 _OF_THE_PACKAGE = ("CONFIG_BUILD_SALT",)
