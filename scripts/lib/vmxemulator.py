@@ -95,6 +95,13 @@ FAULTS = [
         "  if (!(entry[leaf] & 0x20) || set_dirty) {\n    MAY_WRITE_ENTRY(leaf);\n",
         count=2,
     ),
+    Fault(
+        "VM entry refuses a posted-interrupt descriptor that is not at the beginning of a page; it only has to be aligned "
+        "to 64 bytes. With that no guest enters whose APIC is in the kernel.",
+        "cpu/vmx.cc",
+        "      if (! IsValidPageAlignedPhyAddr(vm->pid_addr)) {\n",
+        "      if (! IsValidPhyAddr(vm->pid_addr) || (vm->pid_addr & 0x3f)) {\n",
+    ),
 ]
 
 # Not a fault, but what Bochs is too kind to do: see RETAINED_SOURCE.
