@@ -37,8 +37,6 @@
 #define PAGES		(NR_SLOTS * SLOT_PAGES)
 #define SIZE		(PAGES * PAGE_SIZE)
 #define WORDS		(PAGE_SIZE / 8)
-/* Small enough to fill up now and then. */
-#define RING_ENTRIES	512
 #define ROUNDS_OF_A_VM	10
 
 enum backing { SMALL, THP, HUGETLB, NR_BACKINGS };
@@ -119,6 +117,8 @@ static _Atomic unsigned long touches;
 static uint64_t seed, random_state;
 
 static struct kvm_dirty_gfn *rings[NR_VCPUS];
+/* Small enough to fill up now and then; with PML KVM needs room for what the CPU has written down. */
+static unsigned int ring_entries = 512;
 static unsigned int ring_next[NR_VCPUS];
 
 /* Over all rounds of a check. */
@@ -196,7 +196,7 @@ static void collect_ring(int id)
 	unsigned int taken = 0;
 
 	for (;;) {
-		struct kvm_dirty_gfn *entry = &rings[id][ring_next[id] % RING_ENTRIES];
+		struct kvm_dirty_gfn *entry = &rings[id][ring_next[id] % ring_entries];
 
 		if (!(__atomic_load_n(&entry->flags, __ATOMIC_ACQUIRE) & KVM_DIRTY_GFN_F_DIRTY))
 			break;
@@ -458,7 +458,7 @@ static void create(void)
 		vm_enable(&vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
 			  KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET);
 	if (logging == RING)
-		vm_enable(&vm, KVM_CAP_DIRTY_LOG_RING, RING_ENTRIES * sizeof(struct kvm_dirty_gfn));
+		vm_enable(&vm, KVM_CAP_DIRTY_LOG_RING, ring_entries * sizeof(struct kvm_dirty_gfn));
 	/* A deleted slot takes everything with it, or only what it mapped. */
 	if (below(2))
 		vm_enable(&vm, KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_SLOT_ZAP_ALL);
@@ -471,7 +471,7 @@ static void create(void)
 		if (logging != RING)
 			continue;
 		ring_next[id] = 0;
-		rings[id] = mmap(NULL, RING_ENTRIES * sizeof(**rings), PROT_READ | PROT_WRITE, MAP_SHARED, vcpu->fd,
+		rings[id] = mmap(NULL, ring_entries * sizeof(**rings), PROT_READ | PROT_WRITE, MAP_SHARED, vcpu->fd,
 				 KVM_DIRTY_LOG_PAGE_OFFSET * PAGE_SIZE);
 		if (rings[id] == MAP_FAILED)
 			bail("mmap of the dirty ring: %m");
@@ -481,7 +481,7 @@ static void create(void)
 static void destroy(void)
 {
 	for (int id = 0; logging == RING && id < NR_VCPUS; id++)
-		munmap(rings[id], RING_ENTRIES * sizeof(**rings));
+		munmap(rings[id], ring_entries * sizeof(**rings));
 	vm_destroy(&vm);
 }
 
@@ -558,6 +558,8 @@ int main(int argc, char **argv)
 	int option, count = 0;
 
 	must(getrandom(&seed, sizeof(seed), 0));
+	if (kvm_has_pml())
+		ring_entries = 1024;
 	while ((option = getopt(argc, argv, "n:s:k:")) != -1) {
 		if (option == 'n')
 			rounds = strtoul(optarg, NULL, 0);

@@ -158,8 +158,8 @@ int main(int argc, char **argv)
 {
 	struct options options = { .seed = 1, .ops = 20000, .invlpg_percent = 50 };
 	struct features features;
-	const char *only = NULL;
-	int option, wanted = 0;
+	const char *only = NULL, *lacks = NULL;
+	int option, wanted = 0, lacking = 0;
 
 	while ((option = getopt(argc, argv, "n:s:m:i:rfev")) != -1) {
 		switch (option) {
@@ -192,12 +192,21 @@ int main(int argc, char **argv)
 			bail("usage: %s [-n OPS] [-s SEED|time] [-m MODE] [-i PERCENT] [-r] [-f] [-e] [-v]", argv[0]);
 		}
 	}
-	for (size_t i = 0; i < MODES; i++)
-		wanted += is_wanted(&modes[i], only, &options);
+	features = machine_features();
+	for (size_t i = 0; i < MODES; i++) {
+		if (!is_wanted(&modes[i], only, &options))
+			continue;
+		wanted++;
+		if (missing(&modes[i], &features)) {
+			lacking++;
+			lacks = missing(&modes[i], &features);
+		}
+	}
 	if (!wanted)
 		bail("there is no mode %s", only);
+	if (lacking == wanted)
+		skip_all("%s", lacks);
 	plan(wanted);
-	features = machine_features();
 	options.fault_forgets |= kvm_paging() == SHADOW;
 	for (size_t i = 0; i < MODES; i++)
 		if (is_wanted(&modes[i], only, &options))

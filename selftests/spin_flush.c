@@ -14,6 +14,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 
+#include "host.h"
 #include "vm.h"
 
 #define SIZE	(4 * MIB)
@@ -152,6 +153,13 @@ static bool is_logged_dirty(void)
 	return bits[0] & 1;
 }
 
+static bool is_logged_dirty_by(uint64_t deadline, bool logged)
+{
+	while (!logged && now_ms() < deadline)
+		logged = is_logged_dirty();
+	return logged;
+}
+
 static void check_dirty_log(bool huge)
 {
 	const char *kind = huge ? "2M" : "4K";
@@ -167,17 +175,23 @@ static void check_dirty_log(bool huge)
 		bool logged;
 
 		is_logged_dirty();
-		/* Reported and write-protected: whatever is stored from here on must be reported again. */
+		/*
+		 * Reported and write-protected, or clean: whatever is stored from here on must be reported again.
+		 * With PML by the time the vCPU has left the guest, which KVM asks it to and does not wait for. A CPU
+		 * that still has the page for dirty writes nothing down, and then no log ever has it.
+		 */
 		before = *word(base);
 		spin_us(LOOK_US);
 		after = *word(base);
 		logged = is_logged_dirty();
+		if (kvm_has_pml() && before != after)
+			logged = is_logged_dirty_by(deadline_ms(2000), logged);
 		missed += before != after && !logged;
 		dirty += logged;
 	}
 	lost += !stores_arrive(base, &thread);
-	ok(!missed && dirty, "%s: every store after a dirty log is in the next one (missed %d, dirty %d times)",
-	   kind, missed, dirty);
+	ok(!missed && dirty, "%s: every store after a dirty log is in %s (missed %d, dirty %d times)",
+	   kind, kvm_has_pml() ? "a later one" : "the next one", missed, dirty);
 	ok(!lost, "%s: the guest went on storing meanwhile", kind);
 	destroy(thread);
 }

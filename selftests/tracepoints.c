@@ -31,7 +31,8 @@ static bool must_come(const char *event, enum kvm_paging mode)
 	if (!strncmp(event, "kvm_mmu_pag", 11) || strstr(event, "_bit"))
 		return mode == SHADOW;
 	if (!strcmp(event, "fast_page_fault"))
-		return mode != SHADOW;
+		/* With PML writes are logged without a fault. */
+		return mode != SHADOW && !kvm_has_pml();
 	if (!strcmp(event, "kvm_mmu_split_huge_page") || !strcmp(event, "kvm_tdp_mmu_spte_changed"))
 		return mode == TDP_MMU;
 	if (strstr(event, "mmio"))

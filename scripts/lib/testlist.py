@@ -10,6 +10,7 @@ comma-separated or "-". The tags:
   no-vm    may pass without rmmu having served a VM
   slow     runs in `make check-all` only
   long     takes many minutes; runs with `scripts/check --long` only
+  vmx      runs in `make check` in the modes with VMX, too; the others do when such a mode is asked for, or with --all
   tcg      is about QEMU's emulator, or needs more speed than the one with VMX has
   faults   makes allocations fail, so it is for the debug kernel only
   alone    gets a VM boot of its own, because it leaves the machine in another state
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import ui
 
-TAGS = {"nested", "rmmu", "errors", "no-vm", "slow", "long", "alone", "demo", "retry", "faults", "tcg"}
+TAGS = {"nested", "rmmu", "errors", "no-vm", "slow", "long", "alone", "demo", "retry", "faults", "tcg", "vmx"}
 RESULTS = {"PASS", "FAIL", "SKIP", "TIMEOUT"}
 # In a column of rmmu: what in-tree KVM does.
 SAME = "="

@@ -68,6 +68,8 @@ MODES = {
     "ept=0": Mode({"kvm_intel": "ept=0"}, model="corei7_skylake_x", like=("ept",)),
 }
 
+VMX_MODES = [name for name, mode in MODES.items() if mode.model]
+
 
 @dataclass
 class Config:

@@ -7,6 +7,7 @@ import unittest
 import bochs
 import initramfs
 import kernelimage
+import suites
 import testlist
 import testvm
 
@@ -62,6 +63,15 @@ class Tests(unittest.TestCase):
     def test_the_nearest_column_counts(self):
         table = testlist.Expectations(["default", "ept"], {"a": {"default": "PASS", "ept": "SKIP"}})
         self.assertEqual(table.of("a", ["ept-noad", *testvm.MODES["ept-noad"].like, "default"])[0], {"SKIP"})
+
+    def test_a_mode_that_nobody_asked_for_gets_tests_that_are_meant_for_it(self):
+        for suite in suites.load():
+            everything = suites.select(suite.tests, True, "normal", None, False, True)
+            chosen = suites.select(suite.tests, True, "vmx", None, False, True)
+            self.assertEqual(chosen, [test for test in everything if "vmx" in test.tags])
+        own = {test.name for test in suites.select(suites.load()[0].tests, True, "vmx", None, False, True)}
+        # What CI says of EPT rests on these.
+        self.assertLessEqual({"smoke", "dirty_log", "nested", "notifier", "ept", "stats", "tracepoints"}, own)
 
 
 class _NoEnvironment:

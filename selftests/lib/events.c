@@ -17,6 +17,9 @@
 /* What is allowed in an entry: all but the frame, and the accessed bit, which the host may clear whenever it likes (DAMON
  * does, in kernels that watch their memory from the start). */
 #define COMPARED (0xfff0000000000fffUL & ~(1UL << 5))
+/* Of an entry that says that a frame is MMIO: all but the generation. The frame is the guest's, and the address bits
+ * that are set against L1TF are to be the same. */
+#define COMPARED_MMIO (~(0x7fUL << 3 | 0x7ffUL << 52))
 
 static void put(const char *path, const char *value)
 {
@@ -83,12 +86,14 @@ static char *normal(char *line, int pid)
 	const char *before = "";
 	char task[32], *event, *out;
 	size_t len = 0;
+	bool mmio;
 
 	snprintf(task, sizeof(task), "-%d ", pid);
 	event = line[0] != '#' && strstr(line, task) ? strstr(line, ": ") : NULL;
 	if (!event)
 		return NULL;
 	out = calloc(1, strlen(event) + 1);
+	mmio = strstr(event, "check_mmio_spte");
 	for (char *word = strtok(event + 2, " \n"); word; word = strtok(NULL, " \n")) {
 		uint64_t spte = strtoull(word, NULL, 16);
 
@@ -96,6 +101,8 @@ static char *normal(char *line, int pid)
 			len += sprintf(out + len, "- ");
 		else if (!one_of(before, entries))
 			len += sprintf(out + len, "%s ", word);
+		else if (mmio)
+			len += sprintf(out + len, "%lx ", spte & COMPARED_MMIO);
 		else if (spte & 1)
 			len += sprintf(out + len, "%lx ", spte & COMPARED);
 		else

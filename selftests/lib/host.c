@@ -97,6 +97,14 @@ enum kvm_paging kvm_paging(void)
 	return is_off(KVM_PARAMETERS "tdp_mmu") ? DIRECT : TDP_MMU;
 }
 
+bool kvm_has_pml(void)
+{
+	char value[8] = "";
+
+	read_word("/sys/module/kvm_intel/parameters/pml", value, sizeof(value));
+	return value[0] == 'Y';
+}
+
 bool kvm_caches_mmio(void)
 {
 	return !is_off(KVM_PARAMETERS "mmio_caching");

@@ -26,6 +26,9 @@ uint64_t read_field(const char *path, const char *name, uint64_t missing);
 enum kvm_paging { TDP_MMU, DIRECT, SHADOW };
 enum kvm_paging kvm_paging(void);
 
+/* Whether the CPU writes down which pages guests dirty (PML). */
+bool kvm_has_pml(void);
+
 /* Not where the CPU has 52 bits of physical address: no bit of an entry is reserved then. */
 bool kvm_caches_mmio(void);
 
