@@ -309,7 +309,8 @@ def install_on_host(packages):
 
 
 def make_for(packages, directory, purpose, log, options=()):
-    """A root with other packages, made with more options of mmdebstrap; the caller deletes it. On a host that runs the suite: the host."""
+    """A root with other packages, made with more options of mmdebstrap; the caller deletes it. On a host that runs the
+    suite: the host."""
     if archive.host_is_suite():
         return _host_root(packages)
     _mmdebstrap(directory, offer(), packages, f"{purpose}: a root of its own with {len(packages)} packages", log,
