@@ -42,9 +42,11 @@ PLAIN=/selftests/smoke
 plan 12
 rmmu_loaded || rmmu_load || bail "kvm_rmmu.ko does not load"
 ops=$(address kvm_x86_ops kvm)
+# Newer kernels have one.
+nested=$(address kvm_nested_ops kvm)
 [ -n "$ops" ] || bail "kvm.ko has no kvm_x86_ops"
 
-insmod /selftests/modules/vendor_ops.ko kvm_x86_ops="$ops" || bail "vendor_ops.ko does not load"
+insmod /selftests/modules/vendor_ops.ko kvm_x86_ops="$ops" ${nested:+kvm_nested_ops=$nested} || bail "vendor_ops.ko does not load"
 check "a VM works with a vendor module that has memory types" vm_works $NESTED
 check "they are asked of it" leads_to get_mt_mask vendor_ops_memtype
 check "and so is where to log writes" leads_to write_log_dirty vendor_ops_write_log_dirty
@@ -57,7 +59,7 @@ check "nor where to log writes" leads_to write_log_dirty __static_call_return0
 rmmod vendor_ops
 
 # The same across a reload of kvm.ko and of its vendor module, in both orders with rmmu.
-insmod /selftests/modules/vendor_ops.ko kvm_x86_ops="$ops" || bail "vendor_ops.ko does not load"
+insmod /selftests/modules/vendor_ops.ko kvm_x86_ops="$ops" ${nested:+kvm_nested_ops=$nested} || bail "vendor_ops.ko does not load"
 vm_works $PLAIN
 rmmod vendor_ops
 rmmod kvm_amd && modprobe kvm-amd || bail "kvm_amd cannot be loaded again"

@@ -3,6 +3,8 @@
  * Gives KVM what its vendor module does not have, until it is unloaded: operations that only kvm_intel has, in the tables at
  * the address `kvm_x86_ops`; and the type of software-protected VMs, in the capabilities at `kvm_caps`.
  *
+ * Newer kernels have the operations for nested guests in a table of their own, at `kvm_nested_ops`.
+ *
  * The file `target` says where the static call goes whose trampoline is at `trampoline`.
  */
 #include <linux/kallsyms.h>
@@ -11,8 +13,9 @@
 #include <linux/uaccess.h>
 #include "x86.h"
 
-static unsigned long ops_address, caps_address, trampoline;
+static unsigned long ops_address, nested_address, caps_address, trampoline;
 module_param_named(kvm_x86_ops, ops_address, ulong, 0444);
+module_param_named(kvm_nested_ops, nested_address, ulong, 0444);
 module_param_named(kvm_caps, caps_address, ulong, 0444);
 module_param(trampoline, ulong, 0644);
 
@@ -41,8 +44,36 @@ static const struct kernel_param_ops target_ops = { .get = show_target };
 
 module_param_cb(target, &target_ops, NULL, 0444);
 
+#ifdef HAS_NESTED_OPS_TABLE
+static int lend_nested(struct kvm_x86_ops *ops)
+{
+	struct kvm_x86_nested_ops *table = (void *)nested_address;
+
+	if (!table || table->write_log_dirty)
+		return -EINVAL;
+	table->write_log_dirty = vendor_ops_write_log_dirty;
+	return 0;
+}
+
+static void take_nested_back(struct kvm_x86_ops *ops)
+{
+	((struct kvm_x86_nested_ops *)nested_address)->write_log_dirty = NULL;
+}
+#else
 static struct kvm_x86_nested_ops nested;
 static const struct kvm_x86_nested_ops *nested_before;
+
+static int lend_nested(struct kvm_x86_ops *ops)
+{
+	nested_before = ops->nested_ops;
+	nested = *nested_before;
+	nested.write_log_dirty = vendor_ops_write_log_dirty;
+	ops->nested_ops = &nested;
+	return 0;
+}
+
+static void take_nested_back(struct kvm_x86_ops *ops) { ops->nested_ops = nested_before; }
+#endif
 
 static int __init vendor_ops_init(void)
 {
@@ -52,10 +83,8 @@ static int __init vendor_ops_init(void)
 	if (ops) {
 		if (ops->get_mt_mask)
 			return -EEXIST;
-		nested_before = ops->nested_ops;
-		nested = *nested_before;
-		nested.write_log_dirty = vendor_ops_write_log_dirty;
-		ops->nested_ops = &nested;
+		if (lend_nested(ops))
+			return -EINVAL;
 		ops->get_mt_mask = vendor_ops_memtype;
 	}
 	if (caps)
@@ -70,7 +99,7 @@ static void __exit vendor_ops_exit(void)
 
 	if (ops) {
 		ops->get_mt_mask = NULL;
-		ops->nested_ops = nested_before;
+		take_nested_back(ops);
 	}
 	if (caps)
 		caps->supported_vm_types &= ~BIT(KVM_X86_SW_PROTECTED_VM);
