@@ -141,7 +141,9 @@ class Commands(support.Checkout):
                 step.run(["sh", "-c", "echo begun $$; exec sleep 600"])
         """)
         log = self.scratch / "log"
-        child = subprocess.Popen([*map(str, command), str(log)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        # A shell ignores interrupts in what it starts in the background, and these tests may be that.
+        child = subprocess.Popen(["env", "--default-signal=INT", *map(str, command), str(log)], stdout=subprocess.PIPE,
+                                 stderr=subprocess.STDOUT, text=True)
         while not (begun := re.search(r"^begun (\d+)$", log.read_text() if log.exists() else "", re.M)):
             self.assertIsNone(child.poll())
         child.send_signal(signal.SIGINT)
