@@ -162,7 +162,7 @@ impl Tdp {
         let rcu = host.rcu_read();
         let mut root = follow(&self.roots, &rcu);
         while let Some(table) = root {
-            if table.role().word == role.word && !table.is_invalid() && get(table) {
+            if table.role().word == role.complete().word && !table.is_invalid() && get(table) {
                 return Some(table_ptr(table));
             }
             root = follow(&table.next_root, &rcu);
