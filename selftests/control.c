@@ -133,7 +133,7 @@ static void check_settings(const char *name)
 	close(fd);
 }
 
-/* The parameters that can be changed while the module is loaded, and what to set them to and back. */
+/* The parameters that can be changed while the module is loaded, and two values of each. */
 static const char *const parameters[][3] = {
 	{ "own_new_vms", "0", "1" }, { "fault_around_bytes", "16K", "64K" }, { "shadow_prefetch", "0", "1" },
 	{ "audit_at_end", "1", "0" }, { "tdp_mmu", "0", "1" },
@@ -141,19 +141,21 @@ static const char *const parameters[][3] = {
 
 static void check_parameters(void)
 {
-	char path[128], first[32], second[32];
+	char path[128], before[32], first[32], second[32];
 	unsigned int changed = 0, there = 0;
 	glob_t found;
 
 	for (unsigned int i = 0; i < sizeof(parameters) / sizeof(*parameters); i++) {
 		snprintf(path, sizeof(path), PARAMETERS "%s", parameters[i][0]);
-		read_word(path, first, sizeof(first));
+		read_word(path, before, sizeof(before));
 		changed += write_file(path, parameters[i][1]);
+		read_word(path, first, sizeof(first));
+		changed += write_file(path, parameters[i][2]);
 		read_word(path, second, sizeof(second));
 		changed += strcmp(first, second) != 0;
-		changed += write_file(path, parameters[i][2]);
+		changed += write_file(path, before);
 	}
-	ok(changed == 3 * sizeof(parameters) / sizeof(*parameters), "each parameter can be set (%u)", changed);
+	ok(changed == 4 * sizeof(parameters) / sizeof(*parameters), "each parameter can be set (%u)", changed);
 	if (!glob(PARAMETERS "*", 0, NULL, &found))
 		there = found.gl_pathc;
 	globfree(&found);
