@@ -109,6 +109,20 @@ static uint8_t *resident(uint64_t size)
 	return mem;
 }
 
+/* A page that was mapped ahead would fault again when it is used, to tell that it is. */
+static void check_nothing(void)
+{
+	uint64_t ahead;
+
+	begin(PAGES, resident(SIZE));
+	ahead = counter("mapped_ahead");
+	ok(reads(0, 1, PAGES) == 0, "a guest reads resident memory in order, and reads what is there");
+	ok(counter("mapped_ahead") == ahead, "without accessed bits nothing is mapped ahead (%lu)",
+	   counter("mapped_ahead") - ahead);
+	end();
+	munmap(base, SIZE);
+}
+
 static void check_windows(void)
 {
 	uint64_t before, ahead;
@@ -341,6 +355,11 @@ int main(void)
 	vm_destroy(&vm);
 	if (kvm_paging() != TDP_MMU)
 		skip_all("the shadow MMU maps nothing around a fault");
+	if (kvm_tracks_use_by_faults()) {
+		plan(2);
+		check_nothing();
+		return finish();
+	}
 	plan(33);
 	check_windows();
 	check_values();

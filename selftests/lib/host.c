@@ -105,6 +105,11 @@ bool kvm_has_pml(void)
 	return value[0] == 'Y';
 }
 
+bool kvm_tracks_use_by_faults(void)
+{
+	return kvm_paging() != SHADOW && is_off("/sys/module/kvm_intel/parameters/eptad");
+}
+
 bool kvm_caches_mmio(void)
 {
 	return !is_off(KVM_PARAMETERS "mmio_caching");

@@ -29,6 +29,12 @@ enum kvm_paging kvm_paging(void);
 /* Whether the CPU writes down which pages guests dirty (PML). */
 bool kvm_has_pml(void);
 
+/*
+ * Whether KVM learns by faults what a guest uses (EPT without accessed and dirty bits): a page that was mapped ahead of its
+ * use, and so counts as unused, costs a fault when it is used.
+ */
+bool kvm_tracks_use_by_faults(void);
+
 /* Not where the CPU has 52 bits of physical address: no bit of an entry is reserved then. */
 bool kvm_caches_mmio(void);
 
