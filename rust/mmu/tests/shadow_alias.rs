@@ -13,7 +13,7 @@ use shadow::{
     cpu::Kind,
     host::Slot,
     paging::{Mode, Paging, FULL, W},
-    Touch, Vm,
+    set, Touch, Vm,
 };
 
 const ROOT: u64 = 0x10;
@@ -23,23 +23,17 @@ const L1: u64 = 0x13;
 const FIRST: u64 = 0x200;
 const SECOND: u64 = 0x201;
 
-fn set(vm: &Vm, index: u64, value: u64) {
-    let gpa = vm.paging.entry_gpa(Gfn(L1), index);
-    vm.ram.store(gpa, vm.paging.width(), value);
-}
-
 /// A guest whose page 0 is the frame `FIRST`, and two frames that share a page.
 fn sharing(mode: Mode) -> Vm {
     let slots = vec![Slot::new(0, 0x400, false)];
     let mut vm = Vm::new(format::npt(), Paging::new(mode), slots, 1);
     vm.prefetch.set(false);
     for (table, below) in [(ROOT, L3), (L3, L2), (L2, L1)] {
-        let gpa = vm.paging.entry_gpa(Gfn(table), 0);
-        vm.ram.store(gpa, vm.paging.width(), below << 12 | FULL);
+        set(&vm, table, 0, below << 12 | FULL);
     }
     vm.ram.share(Gfn(SECOND), Gfn(FIRST));
     vm.watched.insert(0);
-    set(&vm, 0, FIRST << 12 | FULL & !W);
+    set(&vm, L1, 0, FIRST << 12 | FULL & !W);
     vm.load_cr3(0, ROOT << 12, false);
     assert!(matches!(vm.touch(0, 0, Kind::READ), Touch::Memory(_)));
     vm
@@ -57,7 +51,7 @@ fn take_away(vm: &mut Vm, gfn: u64) {
 /// The guest makes page 0 the other frame, without a flush, and writes to it.
 fn moved(mode: Mode) -> Vm {
     let mut vm = sharing(mode);
-    set(&vm, 0, SECOND << 12 | FULL);
+    set(&vm, L1, 0, SECOND << 12 | FULL);
     vm.note_tables();
     let touch = vm.touch(0, 0, Kind::WRITE);
     assert!(matches!(touch, Touch::Memory(_)), "{touch:?}");

@@ -13,7 +13,7 @@ use shadow::{
     cpu::Kind,
     host::Slot,
     paging::{Mode, Paging, FULL},
-    Touch, Vm,
+    set, Touch, Vm,
 };
 
 const ROOT: u64 = 0x10;
@@ -21,11 +21,6 @@ const L3: u64 = 0x11;
 const L2: u64 = 0x12;
 const L1: u64 = 0x13;
 const DATA: u64 = 0x200;
-
-fn set(vm: &Vm, table: u64, index: u64, value: u64) {
-    let gpa = vm.paging.entry_gpa(Gfn(table), index);
-    vm.ram.store(gpa, vm.paging.width(), value);
-}
 
 /// Two pages that are mapped, and the table that maps them, in use.
 fn whole() -> Vm {

@@ -13,7 +13,7 @@ use shadow::{
     cpu::Kind,
     host::Slot,
     paging::{Mode, Paging, FULL, W},
-    Touch, Vm,
+    set, Touch, Vm,
 };
 
 const ROOT: u64 = 0x10;
@@ -22,11 +22,6 @@ const L2: u64 = 0x12;
 const L1: u64 = 0x13;
 const DATA: u64 = 0x40;
 const END: u64 = 0x60;
-
-fn set(vm: &Vm, table: u64, index: u64, value: u64) {
-    let gpa = vm.paging.entry_gpa(Gfn(table), index);
-    vm.ram.store(gpa, vm.paging.width(), value);
-}
 
 /// A guest that maps page 0 as said, and page 1 to `DATA` with all rights.
 fn new_vm(page0: u64) -> Vm {

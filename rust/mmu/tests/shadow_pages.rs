@@ -16,7 +16,7 @@ use shadow::{
     cpu::{Hit, Kind},
     host::{Caches, Slot},
     paging::{Mode, Paging, FULL, PS},
-    Touch, Vm,
+    set, Touch, Vm,
 };
 use std::collections::BTreeMap;
 
@@ -26,11 +26,6 @@ const L2: u64 = 0x12;
 const L1: u64 = 0x20;
 const DATA: u64 = 0x200;
 const END: u64 = 0x1000;
-
-fn set(vm: &Vm, table: u64, index: u64, value: u64) {
-    let gpa = vm.paging.entry_gpa(Gfn(table), index);
-    vm.ram.store(gpa, vm.paging.width(), value);
-}
 
 fn new_vm(mode: Mode) -> Vm {
     let slots = vec![Slot::new(0, END, false)];

@@ -14,7 +14,7 @@ use shadow::{
     cpu::Kind,
     host::Slot,
     paging::{Mode, Paging, A, D, FULL, P, W},
-    Touch, Vm,
+    set, Touch, Vm,
 };
 
 const ROOT: u64 = 0x10;
@@ -25,11 +25,6 @@ const DATA: u64 = 0x40;
 const END: u64 = 0x80;
 /// A bit that must not be set.
 const RESERVED: u64 = 1 << 50;
-
-fn set(vm: &Vm, table: u64, index: u64, value: u64) {
-    let gpa = vm.paging.entry_gpa(Gfn(table), index);
-    vm.ram.store(gpa, vm.paging.width(), value);
-}
 
 /// A VM whose first 32 pages map consecutive frames.
 fn new_vm(mode: Mode) -> Vm {

@@ -20,7 +20,7 @@ use shadow::{
     cpu::Kind,
     host::Slot,
     paging::{Mode, Paging, FULL, NX, PS, U, W},
-    Touch, Vm,
+    set, Touch, Vm,
 };
 use std::collections::BTreeMap;
 
@@ -96,12 +96,12 @@ impl Run {
             next += 1;
             if level > 1 {
                 let index = paging.index(kernel_va(&paging, KERNEL), level);
-                set(&vm, table, index, next << 12 | kernel(&paging));
+                set(&vm, table.0, index, next << 12 | kernel(&paging));
                 continue;
             }
             for gfn in KERNEL..TABLES + TABLE_COUNT {
                 let index = paging.index(kernel_va(&paging, gfn), 1);
-                set(&vm, table, index, gfn << 12 | kernel(&paging));
+                set(&vm, table.0, index, gfn << 12 | kernel(&paging));
             }
         }
         let mut run = Run {
@@ -114,13 +114,13 @@ impl Run {
                     for top in tops(&paging, TABLES + root) {
                         let index = kernel_index(&paging);
                         if paging.mode != Mode::Pae || top == TABLES + 4 * root + 3 {
-                            set(&vm, Gfn(top), index, first << 12 | kernel(&paging));
+                            set(&vm, top, index, first << 12 | kernel(&paging));
                         }
                     }
                     if paging.mode == Mode::Pae {
                         for i in 0..4 {
                             let pdpte = (TABLES + 4 * root + i) << 12 | 1;
-                            set(&vm, Gfn(TABLES + 12 + root), i, pdpte);
+                            set(&vm, TABLES + 12 + root, i, pdpte);
                         }
                     }
                 }
@@ -276,7 +276,7 @@ impl Run {
             };
             for index in indexes {
                 let entry = self.entry(level);
-                set(&self.vm, table, index, entry);
+                set(&self.vm, table.0, index, entry);
             }
         }
         self.vm.note_tables();
@@ -525,11 +525,6 @@ fn rights(paging: &Paging) -> [u64; 4] {
     // Without the right to read an entry of EPT allows nothing at all.
     let third = if paging.is_ept() { 7 } else { U };
     [W, third, paging.accessed(), paging.dirty()]
-}
-
-fn set(vm: &Vm, table: Gfn, index: u64, value: u64) {
-    let gpa = vm.paging.entry_gpa(table, index);
-    vm.ram.store(gpa, vm.paging.width(), value);
 }
 
 /// The tables of the highest level that a root has.

@@ -19,7 +19,7 @@ use shadow::{
     cpu::Kind,
     host::Slot,
     paging::{Mode, Paging, FULL},
-    Touch, Vm,
+    set, Touch, Vm,
 };
 use std::{
     cell::Cell,
@@ -32,11 +32,6 @@ const L2: u64 = 0x12;
 const L1: u64 = 0x13;
 const DATA: u64 = 0x40;
 const END: u64 = 0x60;
-
-fn set(vm: &Vm, table: u64, index: u64, value: u64) {
-    let gpa = vm.paging.entry_gpa(Gfn(table), index);
-    vm.ram.store(gpa, vm.paging.width(), value);
-}
 
 /// A VM whose tables are there, but map nothing.
 fn new_vm(tables: u64) -> Vm {

@@ -13,7 +13,7 @@ use shadow::{
     cpu::Kind,
     host::Slot,
     paging::{Mode, Paging, FULL, P},
-    Touch, Vm,
+    set, Touch, Vm,
 };
 
 const ROOT: u64 = 0x10;
@@ -22,11 +22,6 @@ const L2: u64 = 0x12;
 const L1: u64 = 0x13;
 /// The first frame of the slot that comes late.
 const LATE: u64 = 0x400;
-
-fn set(vm: &Vm, table: u64, index: u64, value: u64) {
-    let gpa = vm.paging.entry_gpa(Gfn(table), index);
-    vm.ram.store(gpa, vm.paging.width(), value);
-}
 
 /// A VM without its second slot.
 fn new_vm(mode: Mode) -> Vm {

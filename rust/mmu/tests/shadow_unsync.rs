@@ -16,7 +16,7 @@ use shadow::{
     cpu::Kind,
     host::{Machine, Slot},
     paging::{Mode, Paging, FULL, U, W},
-    Touch, Vm,
+    set, Touch, Vm,
 };
 use std::{
     cell::Cell,
@@ -44,11 +44,6 @@ fn new_vm() -> Vm {
     });
     vm.cache.set((100, 1000));
     vm
-}
-
-fn set(vm: &Vm, table: u64, index: u64, value: u64) {
-    let gpa = vm.paging.entry_gpa(Gfn(table), index);
-    vm.ram.store(gpa, vm.paging.width(), value);
 }
 
 fn va(i4: u64, i3: u64, i2: u64, i1: u64) -> u64 {
