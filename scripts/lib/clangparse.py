@@ -15,6 +15,21 @@ PAIRS = ("-I", "-include")
 KEPT_FLAGS = ("-nostdinc", "-fms-extensions", "-funsigned-char", "-fshort-wchar", "-m64")
 
 
+def flags_of(directory, target):
+    """What decides what a source says, of the command that made the object `target` of the build in `directory`."""
+    made = directory / target
+    command = (made.parent / f".{made.name}.cmd").read_text().splitlines()[0].partition(":=")[2]
+    words, flags = iter(shlex.split(command)), ["-fno-builtin"]
+    for word in words:
+        if word in PAIRS:
+            flags += [word, next(words)]
+        elif word.startswith("-I"):
+            flags.append(f"-I{directory / word[2:]}")
+        elif word.startswith(("-D", "-std=")) or word in KEPT_FLAGS:
+            flags.append(word)
+    return flags
+
+
 def parser_flags(root, chosen):
     """The flags of the kernel's build for a source of KVM, as far as they decide what the source says."""
     source = chosen.tree / "arch" / "x86" / "kvm"
@@ -27,14 +42,7 @@ def parser_flags(root, chosen):
                      binds=[] if chosen.modules_dir else [chosen.tree], log=step)
 
     directory = cache.keyed("data-flags", chosen.key, target, build=build)
-    command = (directory / "mmu" / ".page_track.o.cmd").read_text().splitlines()[0].partition(":=")[2]
-    words, flags = iter(shlex.split(command)), ["-fno-builtin"]
-    for word in words:
-        if word in PAIRS:
-            flags += [word, next(words)]
-        elif word.startswith(("-I", "-D", "-std=")) or word in KEPT_FLAGS:
-            flags.append(word)
-    return flags
+    return flags_of(directory, target)
 
 
 def parse(root, chosen, request, directory):
