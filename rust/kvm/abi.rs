@@ -84,7 +84,8 @@ static LAYOUTS: &[Layout] = layouts! {
     }
     kvm_vcpu { kvm, vcpu_id, vcpu_idx, requests, stat, arch, run }
     kvm_vcpu_arch {
-        mmu, root_mmu, guest_mmu, mmu_shadow_page_cache, mmu_page_header_cache, apf, apf.id, mmio_gva, mmio_access, mmio_gfn, mmio_gen, mmu_pte_list_desc_cache, mmu_shadowed_info_cache, pkru, rip, regs_avail,
+        mmu, root_mmu, guest_mmu, mmu_shadow_page_cache, mmu_page_header_cache, apf, apf.id, mmio_gva, mmio_access,
+        mmio_gfn, mmio_gen, mmu_pte_list_desc_cache, mmu_shadowed_info_cache, pkru, rip, regs_avail,
         cr4, cr4_guest_owned_bits, last_retry_eip, last_retry_addr, exception.injected, interrupt.injected, nmi_injected, hflags,
     }
     kvm_vcpu_stat { pf_taken, pf_fixed, pf_emulate, pf_spurious, pf_fast, pf_mmio_spte_created, tlb_flush, signal_exits }
