@@ -3,7 +3,13 @@
 
 from dataclasses import dataclass, field
 
+import kmsg
 import ui
+
+# What a run that went wrong is worth in its summary, which may be all that is kept of it: so many failures, with so many
+# lines of the log of each.
+SHOWN_FAILURES = 8
+SHOWN_LINES = 30
 
 
 @dataclass
@@ -45,7 +51,9 @@ class Tally:
             self.surprises.append(f"{name}: passed, and {wanted} was expected ({reason or 'no reason given'})")
             return "XPASS"
         self.failed += 1
-        self.failures.append(f"{name}: {result}, expected {wanted}: {outcome.why}\n      log: {outcome.log}")
+        shown = kmsg.excerpt(outcome.output, SHOWN_LINES).splitlines() if len(self.failures) < SHOWN_FAILURES else []
+        self.failures.append("\n".join((f"{name}: {result}, expected {wanted}: {outcome.why}", f"      log: {outcome.log}",
+                                        *(f"      | {line[:200]}" for line in shown))))
         return result
 
     def record(self, test, mode, who, result):

@@ -132,13 +132,14 @@ class Result:
 
 
 class Crashed(Exception):
-    """The machine died or hung; `console` is its kernel's log since the command began."""
+    """The machine died or hung; `console` is its kernel's log since the command began, `emulator` what that program said."""
 
-    def __init__(self, reason, console, output=""):
+    def __init__(self, reason, console, output="", emulator=""):
         super().__init__(reason)
         self.reason = reason
         self.console = console
         self.output = output
+        self.emulator = emulator
 
 
 def pack(config, environment, interactive=False):
@@ -267,11 +268,16 @@ class TestVm:
 
     def _crash(self, reason, already):
         time.sleep(0.2)
+        # A guest that panics ends its emulator with status 0. Whatever else ends it is the emulator's or the host's affair.
+        status = 0 if self._machine.running() else self._machine.wait()
+        if status:
+            reason += "; the emulator " + (f"was ended by signal {-status}" if status < 0 else f"exited with status {status}")
         self._machine.stop()
         output = already + self._pending.decode(errors="replace")
         console = self._machine.console()[self._mark:]
-        return Crashed(reason, console or self._machine.stderr_log.read_text(errors="replace"), output)
+        return Crashed(reason, console, output, self._machine.stderr_log.read_text(errors="replace")[-2000:])
 
 
 def describe_crash(crash):
-    return f"{crash.reason}\n--- console ---\n{kmsg.excerpt(crash.console)}"
+    text = f"{crash.reason}\n--- console ---\n{kmsg.excerpt(crash.console)}"
+    return text + (f"\n--- emulator ---\n{crash.emulator}" if crash.emulator.strip() else "")

@@ -3,6 +3,7 @@
 
 import contextlib
 import io
+import subprocess
 import tempfile
 import types
 import unittest
@@ -195,3 +196,48 @@ class Retry(unittest.TestCase):
                 tally, said = self.run_tests([console])
                 self.assertEqual((tally.passed, tally.failed, tally.code), (0, 1, 1))
                 self.assertNotIn("emulator", said)
+
+    def test_the_summary_shows_what_the_kernel_said(self):
+        report_line = "[    1.0] BUG: unable to handle page fault for address 17"
+        _, said = self.run_tests(["[    0.9] all is well\n" + report_line + "\n"])
+        summary = said[said.index("\nFailures:"):]
+        self.assertIn(f"      | {report_line}", summary)
+        self.assertIn("t0.log", summary)
+
+    def test_the_summary_of_a_run_where_all_fails_is_short(self):
+        _, said = self.run_tests(*(["[ 1.0] BUG: one\n" * 1000] for _ in range(100)))
+        self.assertLess(len(said.splitlines()), 700)
+
+
+class Death(unittest.TestCase):
+    """How a machine that died is told: what ended it, and what it said."""
+
+    def crash(self, command):
+        """The crash of a machine whose emulator is a shell command."""
+        with tempfile.TemporaryDirectory(prefix="rmmu-test-") as scratch:
+            said = Path(scratch) / "said"
+            with open(said, "wb") as output:
+                process = subprocess.Popen(["sh", "-c", command], stderr=output)
+            process.wait()
+            machine = types.SimpleNamespace(
+                receive=lambda deadline: b"", running=lambda: process.poll() is None, wait=process.wait, stop=lambda: None,
+                console=lambda: "[ 1.0] the last line\n", stderr_log=said)
+            vm = testvm.TestVm.__new__(testvm.TestVm)
+            vm._machine, vm._pending, vm._patience = machine, b"half a li", 1
+            with self.assertRaises(testvm.Crashed) as raised:
+                vm._until("@@end", 1, "the command")
+        return raised.exception
+
+    def test_a_guest_that_ends_itself_is_all_there_is_to_tell(self):
+        crash = self.crash("exit 0")
+        self.assertEqual(crash.reason, "the VM died during the command")
+        self.assertEqual(crash.output, "half a li")
+        self.assertNotIn("--- emulator ---", testvm.describe_crash(crash))
+
+    def test_an_emulator_that_fails_is_named_with_its_words(self):
+        crash = self.crash("echo assertion failed >&2; exit 3")
+        self.assertIn("the emulator exited with status 3", crash.reason)
+        self.assertRegex(testvm.describe_crash(crash), "the last line\n.*emulator.*\nassertion failed")
+
+    def test_an_emulator_that_was_killed_is_named(self):
+        self.assertIn("the emulator was ended by signal 9", self.crash("kill -9 $$").reason)
