@@ -54,7 +54,9 @@ def problems(text, allow_rmmu_errors=False, allow_no_memory=False):
 
 # A trap on an instruction for debuggers, in the kernel. What it prints after that until it stops the machine.
 _INT3 = re.compile(r"Oops: int3: 0000 \[#1\]")
-_AFTER_INT3 = re.compile(r"Call Trace:|Kernel panic - not syncing: Fatal exception( in interrupt)?$")
+_AFTER_INT3 = re.compile(r"Call Trace:|Kernel panic - not syncing: Fatal exception( in interrupt)?$|Oops: int3: 0000 \[#[2-9]\]")
+# An INT3 that is there, in any dump of code: the trap leaves the CPU behind it.
+_INT3_IS_THERE = re.compile(r"\bCode: (?:[0-9a-f]{2} )*cc <")
 # The first lines about registers are those of the trap; others, of other CPUs and of user space, follow.
 _TRAP = re.compile(r"RIP: 0010:(\w[\w.]*\+0x[0-9a-f]+/0x[0-9a-f]+)\n.*\bCode: ((?:[0-9a-f]{2} )+)<([0-9a-f]{2})>((?: [0-9a-f]{2})*)")
 # What the kernel writes over other instructions while they may be executed: NOPs of five and two bytes, jumps, calls.
@@ -66,16 +68,17 @@ def emulator_fault(text):
     """Where the emulator lost its race with the kernel's poking of its own text, if that is all the log reports; or None.
 
     The kernel changes an instruction that others may be executing by way of an INT3, and knows where that is. The emulator
-    can run what it translated from the INT3 when the kernel is done, and has forgotten it. The signature is exact: the first
-    and only report is of an INT3 in the kernel proper; the dumped code shows that none is there, but one of the instructions
-    that the kernel writes that way; and no function of rmmu is on a stack.
+    can run what it translated from the INT3 when the kernel is done, and has forgotten it. So can its other CPUs, until the
+    first one has stopped them. The signature is exact: the only reports are of INT3s, the first of them in the kernel proper;
+    the dumped code shows that none is there, but one of the instructions that the kernel writes that way; and no function of
+    rmmu is on a stack.
     """
     reports = problems(text)
     if not reports or not _INT3.search(reports[0]) or not all(_AFTER_INT3.search(line) for line in reports[1:]):
         return None
     oops = text[text.index(reports[0]):]
     trap = _TRAP.match(oops, oops.find("RIP: "))
-    if not trap or _STACK_OF_RMMU.search(oops):
+    if not trap or _STACK_OF_RMMU.search(oops) or _INT3_IS_THERE.search(oops):
         return None
     # The trap leaves the CPU behind the one byte of the INT3: the instruction that is there now begins before the mark.
     now = (trap[2].split()[-1], trap[3], *trap[4].split())

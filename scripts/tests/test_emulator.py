@@ -46,6 +46,14 @@ OTHERS = """\
 [   61.000023] Call Trace:
 [   61.000024]  default_idle+0x9/0x20
 """
+# Another CPU runs the same stale translation before the first one has stopped it.
+SECOND = """\
+[   61.000016] Oops: int3: 0000 [#2] SMP NOPTI
+[   61.000016] CPU: 2 UID: 0 PID: 1549 Comm: kworker/2:3 Tainted: G      D    OE       7.2.12+deb14-amd64 #1 PREEMPT(lazy)  Debian 7.2.12-1
+[   61.000017] RIP: 0010:__schedule+0x2a4/0x1a40
+[   61.000017] Code: 89 e7 e8 11 22 33 00 48 8b 45 c8 65 48 8b 0d 10 20 30 02 48 89 45 d0 0f <1f> 44 00 00 48 8b 7d c0 e8 10 20 00 00
+"""
+END = "[   61.000016] ---[ end trace"
 NOP = "0f <1f> 44 00 00 48"
 PLACE = "__schedule+0x2a4/0x1a40"
 
@@ -62,6 +70,16 @@ class Signature(unittest.TestCase):
     def test_the_exact_signature_is_recognised(self):
         for text in (OOPS, OOPS + OTHERS, OOPS.replace("exception", "exception in interrupt")):
             self.assertEqual(kmsg.emulator_fault(text), PLACE)
+
+    def test_other_cpus_may_run_the_same_translation(self):
+        self.assertEqual(kmsg.emulator_fault(OOPS.replace(END, SECOND + END)), PLACE)
+        self.assertEqual(kmsg.emulator_fault(OOPS + SECOND), PLACE)
+
+    def test_what_another_cpu_dies_of_counts(self):
+        for second in (SECOND.replace("Oops: int3: 0000", "Oops: 0000"), SECOND.replace("Oops: int3", "Oops: general protection fault"),
+                       SECOND.replace("0f <1f> 44", "cc <1f> 44"), SECOND.replace("1a40\n", "1a40 [kvm_rmmu]\n")):
+            with self.subTest(second=second):
+                self.assertIsNone(kmsg.emulator_fault(OOPS.replace(END, second + END)))
 
     def test_only_the_trap_itself_counts(self):
         in_a_module = OOPS.replace(PLACE, f"{PLACE} [kvm]")
