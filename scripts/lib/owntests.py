@@ -34,8 +34,7 @@ def _build(directory, environment):
     kernel, root = environment.booted, environment.root_handle
     with ui.step("selftests: building ours", log=cache.log_path("selftests-own")) as step:
         root.run(["make", "-s", "-C", SOURCE, "-j", ui.jobs(), f"CC={environment.kernel.cc}", f"OUTPUT={directory}"], log=step)
-        for program in directory.iterdir():
-            root.run(["strip", program], log=step)
+        root.run(["strip", *(path for path in directory.iterdir() if path.is_file())], log=step)
         for script in SOURCE.glob("*.sh"):
             shutil.copy2(script, directory / script.name)
         (directory / "lib").mkdir()
