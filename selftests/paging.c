@@ -2,7 +2,7 @@
 /*
  * A guest that rewrites its page tables at random, and checks what its CPU makes of them.
  *
- *   paging [-n OPS] [-s SEED] [-m MODE] [-i PERCENT] [-r] [-f] [-e] [-v]
+ *   paging [-n OPS] [-s SEED] [-m MODE] [-i PERCENT] [-r] [-f] [-e] [-x] [-v]
  *
  * OPS is the number of operations for each mode: 32-bit, pae, 4-level and 5-level; and if it is asked
  * for, nested, where the random tables are those of a hypervisor for its guest. PERCENT of the changes are followed
@@ -11,7 +11,9 @@
  * the lack of a permission has to make the CPU forget the page, as processors do and QEMU does not. Under
  * shadow paging, where KVM delivers the guest's faults, it has to in any case. With -e each mode runs on
  * in-tree KVM and then on rmmu, and the events of KVM's MMU must be the same, in the same order; if nobody says
- * otherwise, the modes whose tables are shadowed: nested, or with shadow paging the other four.
+ * otherwise, the modes whose tables are shadowed: nested, or with shadow paging the other four. With -x the host
+ * meddles with the VM between batches (slots, quota, dirty log, protection, registers), frames share pages of the host, tables
+ * lead to themselves, and where KVM walks the tables the guest has another number of physical address bits.
  */
 #include <inttypes.h>
 #include <stdlib.h>
@@ -161,7 +163,7 @@ int main(int argc, char **argv)
 	const char *only = NULL, *lacks = NULL;
 	int option, wanted = 0, lacking = 0;
 
-	while ((option = getopt(argc, argv, "n:s:m:i:rfev")) != -1) {
+	while ((option = getopt(argc, argv, "n:s:m:i:rfexv")) != -1) {
 		switch (option) {
 		case 'n':
 			options.ops = strtoull(optarg, NULL, 0);
@@ -185,11 +187,14 @@ int main(int argc, char **argv)
 			events_require();
 			options.compare_events = true;
 			break;
+		case 'x':
+			options.meddle = true;
+			break;
 		case 'v':
 			options.verbose = true;
 			break;
 		default:
-			bail("usage: %s [-n OPS] [-s SEED|time] [-m MODE] [-i PERCENT] [-r] [-f] [-e] [-v]", argv[0]);
+			bail("usage: %s [-n OPS] [-s SEED|time] [-m MODE] [-i PERCENT] [-r] [-f] [-e] [-x] [-v]", argv[0]);
 		}
 	}
 	features = machine_features();

@@ -37,6 +37,8 @@ run:
 	je	cr0
 	cmpl	$KIND_CR4, %eax
 	je	cr4
+	cmpl	$KIND_EFER, %eax
+	je	efer
 	movl	$SYNC_DONE, %eax
 	movw	$0x3f0, %dx
 	outl	%eax, %dx
@@ -64,6 +66,11 @@ cr3:	movl	%edx, %cr3
 cr0:	movl	%edx, %cr0
 	jmp	next
 cr4:	movl	%edx, %cr4
+	jmp	next
+efer:	movl	%edx, %eax
+	xorl	%edx, %edx
+	movl	$MSR_EFER, %ecx
+	wrmsr
 	jmp	next
 
 user:

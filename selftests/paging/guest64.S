@@ -42,6 +42,10 @@ run:
 	je	cr0
 	cmpl	$KIND_CR4, %eax
 	je	cr4
+	cmpl	$KIND_EFER, %eax
+	je	efer
+	cmpl	$KIND_INVPCID, %eax
+	je	invpcid
 	cmpl	$KIND_NCR3, %eax
 	je	ncr3
 	cmpl	$KIND_FLUSH, %eax
@@ -69,6 +73,20 @@ cr3:	movq	%rdx, %cr3
 cr0:	movq	%rdx, %cr0
 	jmp	next
 cr4:	movq	%rdx, %cr4
+	jmp	next
+efer:	movl	%edx, %eax
+	xorl	%edx, %edx
+	movl	$MSR_EFER, %ecx
+	wrmsr
+	jmp	next
+invpcid:
+	movq	%rdx, %rax
+	shrq	$INVPCID_TYPE_SHIFT, %rax
+	movl	%edx, %edx
+	pushq	%rdi
+	pushq	%rdx
+	invpcid	(%rsp), %rax
+	addq	$16, %rsp
 	jmp	next
 
 user:

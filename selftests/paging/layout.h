@@ -5,7 +5,7 @@
  *
  * Three zones of 16 frames are what the random page tables and their data are made of: A at 0, B
  * at 4 MiB, C at 6 MiB. Everything else of the low slot is fixed, and mapped by tables that never
- * change.
+ * change. Zone D at 8 MiB is for data only, and zone E at 10 MiB is the same memory.
  */
 #ifndef PAGING_LAYOUT_H
 #define PAGING_LAYOUT_H
@@ -16,6 +16,8 @@
 #define ZONE_A		0x000000
 #define ZONE_B		0x400000
 #define ZONE_C		0x600000
+#define ZONE_D		0x800000
+#define ZONE_E		0xa00000
 
 #define FIXED_TABLES	0x020000	/* six pages, see machine.c */
 #define PDPT_GPA	0x027000	/* the page-directory pointers of PAE: a root each 32 bytes */
@@ -42,6 +44,8 @@
 #define SEL_CODE32	0x30
 #define SEL_TSS		0x38
 
+#define MSR_EFER	0xc0000080
+
 /* struct op */
 #define OP_KIND		0
 #define OP_FLAGS	4
@@ -60,14 +64,19 @@
 #define KIND_CR3	5
 #define KIND_CR0	6
 #define KIND_CR4	7
+#define KIND_EFER	8
+#define KIND_INVPCID	9
 /* Of the nested guest. */
-#define KIND_NCR3	8
-#define KIND_FLUSH	9
+#define KIND_NCR3	10
+#define KIND_FLUSH	11
 
 #define FLAG_USER	1
 #define FLAG_AC		2
 #define FLAG_INNER	4	/* by the nested guest */
 #define FLAG_WIDE	8	/* 32-bit code: write the upper half, then the lower one */
+
+/* The value of an INVPCID: its type above the PCID. */
+#define INVPCID_TYPE_SHIFT 32
 
 /* Values of guest_sync(). */
 #define SYNC_DONE	0x600d

@@ -10,10 +10,7 @@
 #include "paging.h"
 
 #define ZONES_SIZE	(4 * MIB)
-#define EFER_SCE	(1UL << 0)
-#define EFER_LME	(1UL << 8)
-#define EFER_LMA	(1UL << 10)
-#define EFER_NX		(1UL << 11)
+#define SHARED_SIZE	(ZONE_FRAMES * PAGE_SIZE)
 
 /* Fixed tables; accessed and dirty already, so that nothing has to be written to them. */
 #define TABLE		(PTE_P | PTE_W | PTE_A)
@@ -35,16 +32,18 @@ extern char guest32_pf[], guest32_int80[], guest32_ud[], guest32_df[], guest32_g
 
 uint64_t frame_gpa(int frame)
 {
-	static const uint64_t zones[] = { ZONE_A, ZONE_B, ZONE_C };
+	static const uint64_t zones[] = { ZONE_A, ZONE_B, ZONE_C, ZONE_D };
 
 	return zones[frame / ZONE_FRAMES] + frame % ZONE_FRAMES * PAGE_SIZE;
 }
 
 int gpa_frame(uint64_t gpa)
 {
-	int frame = gpa / PAGE_SIZE % (VM_LOW_SIZE / PAGE_SIZE / 2);
-	int zone = gpa >= ZONE_C ? 2 : gpa >= ZONE_B ? 1 : 0;
+	int frame = gpa / PAGE_SIZE % (VM_LOW_SIZE / PAGE_SIZE / 2), zone;
 
+	if (gpa >= ZONE_E)
+		gpa -= ZONE_E - ZONE_D;
+	zone = gpa >= ZONE_D ? 3 : gpa >= ZONE_C ? 2 : gpa >= ZONE_B ? 1 : 0;
 	if (frame >= ZONE_FRAMES)
 		return -1;
 	frame += zone * ZONE_FRAMES;
@@ -53,6 +52,8 @@ int gpa_frame(uint64_t gpa)
 
 void *machine_memory(struct machine *machine, uint64_t gpa)
 {
+	if (gpa >= ZONE_D)
+		return machine->shared[0] + gpa % (ZONE_E - ZONE_D);
 	return gpa < VM_LOW_SIZE ? machine->vm.low + gpa : machine->zones + (gpa - ZONE_B);
 }
 
@@ -67,8 +68,11 @@ struct features machine_features(void)
 	for (uint32_t i = 0; i < cpuid->nent; i++) {
 		struct kvm_cpuid_entry2 *entry = &cpuid->entries[i];
 
-		if (entry->function == 7 && entry->index == 0) {
+		if (entry->function == 1) {
+			features.pcid = entry->ecx >> 17 & 1;
+		} else if (entry->function == 7 && entry->index == 0) {
 			features.smep = entry->ebx >> 7 & 1;
+			features.invpcid = entry->ebx >> 10 & 1;
 			features.smap = entry->ebx >> 20 & 1;
 			features.la57 = entry->ecx >> 16 & 1;
 		} else if (entry->function == 0x80000001) {
@@ -206,6 +210,7 @@ static void registers(struct machine *machine, uint64_t root)
 	machine->cr0 = CR0_PE | CR0_MP | CR0_NE | CR0_WP | CR0_PG;
 	machine->cr4 = CR4_PSE | (mode->paging == BITS32 ? 0 : CR4_PAE) |
 		       (mode->paging == LEVEL5 ? CR4_LA57 : 0) |
+		       (machine->features.pcid ? CR4_PCIDE : 0) |
 		       (mode->paging == PAE && machine->features.smep ? CR4_SMEP : 0);
 	sregs.cr0 = machine->cr0;
 	sregs.cr3 = root;
@@ -242,6 +247,8 @@ static uint64_t fix_roots(struct machine *machine)
 /* Every frame ends with a function that returns the frame's number. As entries it is not present. */
 uint32_t frame_stub(uint64_t gpa)
 {
+	if (gpa >= ZONE_E)
+		gpa -= ZONE_E - ZONE_D;
 	return 0x5000 + gpa / PAGE_SIZE;
 }
 
@@ -252,9 +259,67 @@ static void stub(uint8_t *end, uint64_t gpa)
 	memcpy(end - 8, &code, 8);
 }
 
+/* Two mappings of the same memory. */
+static void shared_memory(struct machine *machine)
+{
+	int file = must(memfd_create("shared", MFD_CLOEXEC));
+
+	must(ftruncate(file, SHARED_SIZE));
+	for (int i = 0; i < 2; i++) {
+		machine->shared[i] = mmap(NULL, SHARED_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+		if (machine->shared[i] == MAP_FAILED)
+			bail("mmap of memory that is shared: %m");
+	}
+	close(file);
+}
+
+static void slots(struct machine *machine, bool there, uint32_t flags)
+{
+	static const uint64_t gpas[] = { ZONE_D, ZONE_E };
+
+	must(vm_slot(&machine->vm, 1, ZONE_B, there ? ZONES_SIZE : 0, machine->zones, flags));
+	for (int i = 0; i < 2; i++)
+		must(vm_slot(&machine->vm, 2 + i, gpas[i], there ? SHARED_SIZE : 0, machine->shared[i], flags));
+}
+
+void machine_renew_slots(struct machine *machine, bool log)
+{
+	slots(machine, false, 0);
+	slots(machine, true, log ? KVM_MEM_LOG_DIRTY_PAGES : 0);
+}
+
+void machine_set_registers(struct machine *machine)
+{
+	struct kvm_sregs sregs;
+
+	must(ioctl(machine->vcpu->fd, KVM_GET_SREGS, &sregs));
+	sregs.cr0 = machine->cr0;
+	sregs.cr4 = machine->cr4;
+	sregs.efer = machine->efer;
+	/* KVM says that the task is busy. SVM does not care, but QEMU's dies of one with 32 bits; VMX demands it. */
+	if (!machine->mode->long_mode && !access("/sys/module/kvm_amd", F_OK))
+		sregs.tr.type &= ~2;
+	must(ioctl(machine->vcpu->fd, KVM_SET_SREGS, &sregs));
+}
+
+void machine_set_physical_bits(struct machine *machine, int bits)
+{
+	struct kvm_cpuid2 *cpuid = calloc(1, sizeof(*cpuid) + 128 * sizeof(cpuid->entries[0]));
+
+	cpuid->nent = 128;
+	must(ioctl(machine->vcpu->fd, KVM_GET_CPUID2, cpuid));
+	for (uint32_t i = 0; i < cpuid->nent; i++)
+		if (cpuid->entries[i].function == 0x80000008)
+			cpuid->entries[i].eax = (cpuid->entries[i].eax & ~0xffU) | bits;
+	must(ioctl(machine->vcpu->fd, KVM_SET_CPUID2, cpuid));
+	free(cpuid);
+	machine->features.physical_bits = bits;
+}
+
 void machine_create(struct machine *machine, const struct mode *mode, struct features features)
 {
 	bool wide = mode->long_mode;
+	struct kvm_sregs sregs;
 	uint64_t root;
 
 	memset(machine, 0, sizeof(*machine));
@@ -262,12 +327,15 @@ void machine_create(struct machine *machine, const struct mode *mode, struct fea
 	machine->features = features;
 	/* Without PAE there is no such bit, but KVM's shadow MMU reports fetches as if there were. */
 	machine->features.nx = features.nx && mode->paging != BITS32;
+	machine->features.pcid = features.pcid && (mode->paging == LEVEL4 || mode->paging == LEVEL5);
+	machine->features.invpcid = features.invpcid && machine->features.pcid;
 	vm_create(&machine->vm);
 	machine->vcpu = vm_vcpu(&machine->vm, NULL, 0);
 	memset(machine->vm.low, 0, VM_LOW_SIZE);
 	machine->zones = memory(ZONES_SIZE, true);
 	memset(machine->zones, 0, ZONES_SIZE);
-	must(vm_slot(&machine->vm, 1, ZONE_B, ZONES_SIZE, machine->zones, 0));
+	shared_memory(machine);
+	slots(machine, true, 0);
 	if (mode->paging == BITS32)
 		fixed_tables32(machine);
 	else
@@ -286,12 +354,16 @@ void machine_create(struct machine *machine, const struct mode *mode, struct fea
 	registers(machine, root);
 	if (mode->paging == NESTED)
 		svm_prepare(machine->vcpu, VMCB_ADDR, HSAVE_ADDR, INNER_PML4);
+	must(ioctl(machine->vcpu->fd, KVM_GET_SREGS, &sregs));
+	machine->efer = sregs.efer;
 }
 
 void machine_destroy(struct machine *machine)
 {
 	vm_destroy(&machine->vm);
 	munmap(machine->zones, ZONES_SIZE);
+	for (int i = 0; i < 2; i++)
+		munmap(machine->shared[i], SHARED_SIZE);
 }
 
 bool machine_run(struct machine *machine, int count)

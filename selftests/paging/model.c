@@ -38,6 +38,7 @@ struct word {
 struct search {
 	struct model *model;
 	struct outcomes *outcomes;
+	struct word *roots;
 	uint64_t va;
 	uint32_t kind, flags, since;
 	bool global;		/* only leaves that are global count */
@@ -124,11 +125,12 @@ void model_create(struct model *model, const struct machine *machine)
 	model->words = calloc(FRAMES * WORDS, sizeof(struct word));
 	model->current = calloc(FRAMES * WORDS, sizeof(model->current[0]));
 	model->watched = calloc(FRAMES * WORDS, sizeof(model->watched[0]));
-	model->changed = calloc(FRAMES * WORDS + POINTERS + 1, sizeof(model->changed[0]));
+	model->changed = calloc(FRAMES * WORDS + POINTERS + SPACES, sizeof(model->changed[0]));
 	model->pointers = calloc(POINTERS, sizeof(struct word));
-	model->roots = calloc(1, sizeof(struct word));
-	model->pages = calloc(va_pages(mode), sizeof(model->pages[0]));
-	if (!model->words || !model->current || !model->watched || !model->changed || !model->pointers || !model->roots || !model->pages)
+	model->roots = calloc(SPACES, sizeof(struct word));
+	model->global_pages = calloc((1 + SPACES) * va_pages(mode), sizeof(model->global_pages[0]));
+	if (!model->words || !model->current || !model->watched || !model->changed || !model->pointers || !model->roots ||
+	    !model->global_pages)
 		bail("out of memory");
 	for (int frame = 0; frame < FRAMES; frame++) {
 		void *memory = machine_memory((struct machine *)machine, frame_gpa(frame));
@@ -139,7 +141,11 @@ void model_create(struct model *model, const struct machine *machine)
 	}
 	for (int i = 0; i < POINTERS; i++)
 		put(model, &model->pointers[i], ((uint64_t *)machine_memory((struct machine *)machine, PDPT_GPA))[i]);
-	put(model, model->roots, 0);
+	for (int i = 0; i < SPACES; i++) {
+		model->spaces[i].roots = &model->roots[i];
+		model->spaces[i].pages = model->global_pages + (1 + i) * va_pages(mode);
+	}
+	model->space = &model->spaces[0];
 }
 
 void model_destroy(struct model *model)
@@ -150,7 +156,7 @@ void model_destroy(struct model *model)
 	free(model->changed);
 	free(model->pointers);
 	free(model->roots);
-	free(model->pages);
+	free(model->global_pages);
 }
 
 void model_store(struct model *model, uint64_t gpa, uint64_t value, int bytes)
@@ -188,22 +194,53 @@ static int page_of(const struct model *model, uint64_t va)
 
 void model_invlpg(struct model *model, uint64_t va)
 {
-	model->pages[page_of(model, va)] = model->now;
+	int page = page_of(model, va);
+
+	model->space->pages[page] = model->global_pages[page] = model->now;
 }
 
-void model_set_root(struct model *model, uint64_t root)
+void model_set_root(struct model *model, uint64_t root, int space, bool keep)
 {
+	model->space = &model->spaces[space];
+	/* Of a space that never had a root the CPU knows nothing. */
+	if (!keep || !model->space->roots->count)
+		model->space->not_global = model->now;
 	/* Two bits of a value are not kept; those of a root are not among its lowest four. */
-	put(model, model->roots, root << 4);
+	put(model, model->space->roots, root << 4);
 	model->root = root;
-	model->not_global = model->pointers_loaded = model->now;
+	model->pointers_loaded = model->now;
+}
+
+static void forget_spaces(struct model *model)
+{
+	for (int i = 0; i < SPACES; i++)
+		model->spaces[i].not_global = model->now;
+}
+
+void model_invpcid(struct model *model, enum invpcid type, int space, uint64_t va)
+{
+	switch (type) {
+	case INVPCID_ADDRESS:
+		model->spaces[space].pages[page_of(model, va)] = model->now;
+		break;
+	case INVPCID_SPACE:
+		model->spaces[space].not_global = model->now;
+		break;
+	case INVPCID_ALL:
+		model_flush(model);
+		break;
+	default:
+		forget_spaces(model);
+		break;
+	}
 }
 
 void model_flush(struct model *model)
 {
 	int kept = 0;
 
-	model->all = model->not_global = model->now;
+	model->all = model->now;
+	forget_spaces(model);
 	for (int i = 0; i < model->changed_count; i++) {
 		struct word *word = model->changed[i];
 		bool is_pointer = word >= model->pointers && word < model->pointers + POINTERS;
@@ -281,7 +318,7 @@ static void add_fault(struct search *search, uint32_t cause)
 	struct model *model = search->model;
 	bool nested = model->mode->paging == NESTED;
 	bool reports_fetch = (model->features.nx && model->mode->entry_bytes == 8) ||
-			     (model->cr4 & CR4_SMEP && !nested);
+			     model->cr4 & CR4_SMEP;
 	uint32_t error = cause;
 
 	if (search->kind == KIND_WRITE)
@@ -374,7 +411,7 @@ static void from_roots(struct search *search)
 {
 	struct model *model = search->model;
 	const struct mode *mode = model->mode;
-	struct word *roots = model->roots;
+	struct word *roots = search->roots;
 
 	search->top = mode->levels;
 	for (int i = oldest(roots, search->since); i < roots->count; i++) {
@@ -402,21 +439,28 @@ static void from_roots(struct search *search)
 
 void model_access(struct model *model, uint64_t va, uint32_t kind, uint32_t flags, struct outcomes *outcomes)
 {
-	uint32_t page = model->pages[page_of(model, va)];
+	int page = page_of(model, va);
 	struct search search = {
 		.model = model, .outcomes = outcomes, .va = va, .kind = kind, .flags = flags,
-		.since = later(page, model->not_global),
+		.since = later(model->space->pages[page], model->space->not_global), .roots = model->space->roots,
 	};
 
 	memset(outcomes, 0, sizeof(*outcomes));
 	from_roots(&search);
 	outcomes->fresh = outcomes->fresh && outcomes->paths == 1;
-	if (model->cr4 & CR4_PGE && later(page, model->all) < search.since) {
+	if (model->cr4 & CR4_PGE) {
+		uint32_t global = later(model->global_pages[page], model->all);
+		uint32_t since = search.since;
 		int paths = outcomes->paths;
 
-		search.since = later(page, model->all);
+		/* What is global may have been met in any space. */
 		search.global = true;
-		from_roots(&search);
+		search.since = global;
+		for (int i = 0; i < SPACES; i++) {
+			search.roots = model->spaces[i].roots;
+			if (search.roots->count && (search.roots != model->space->roots || global < since))
+				from_roots(&search);
+		}
 		outcomes->fresh = outcomes->fresh && outcomes->paths == paths;
 	}
 }

@@ -10,7 +10,8 @@
 #include "layout.h"
 #include "vm.h"
 
-#define FRAMES		(3 * ZONE_FRAMES)
+/* Zone E is not counted: its frames are those of zone D. */
+#define FRAMES		(4 * ZONE_FRAMES)
 /* One more than there are levels: level 1 is the lowest. */
 #define LEVELS		6
 
@@ -41,8 +42,21 @@
 #define CR4_PAE		(1UL << 5)
 #define CR4_PGE		(1UL << 7)
 #define CR4_LA57	(1UL << 12)
+#define CR4_PCIDE	(1UL << 17)
 #define CR4_SMEP	(1UL << 20)
 #define CR4_SMAP	(1UL << 21)
+
+#define EFER_SCE	(1UL << 0)
+#define EFER_LME	(1UL << 8)
+#define EFER_LMA	(1UL << 10)
+#define EFER_NX		(1UL << 11)
+
+/* With this bit in CR3 the CPU keeps what it knows of the address space. */
+#define CR3_KEEP	(1UL << 63)
+/* Address spaces that the CPU tells apart by their PCIDs; the first has none. */
+#define SPACES		3
+
+enum invpcid { INVPCID_ADDRESS, INVPCID_SPACE, INVPCID_ALL, INVPCID_ALL_BUT_GLOBAL, INVPCID_TYPES };
 
 enum paging { BITS32, PAE, LEVEL4, LEVEL5, NESTED };
 
@@ -63,7 +77,7 @@ struct op {
 };
 
 struct features {
-	bool smep, smap, nx, gigabyte, la57, svm;
+	bool smep, smap, nx, gigabyte, la57, svm, pcid, invpcid;
 	int physical_bits;
 };
 
@@ -74,11 +88,12 @@ struct machine {
 	const struct mode *mode;
 	struct features features;
 	uint8_t *zones;		/* of B and C; zone A is in the low slot */
+	uint8_t *shared[2];	/* of D and E */
 	struct op *ops;
-	uint64_t cr0, cr4;
+	uint64_t cr0, cr4, efer;
 };
 
-/* Frames have numbers: zones A, B and C, one after the other. */
+/* Frames have numbers: zones A, B, C and D, one after the other. */
 uint64_t frame_gpa(int frame);
 int gpa_frame(uint64_t gpa);
 void *machine_memory(struct machine *machine, uint64_t gpa);
@@ -86,6 +101,12 @@ void *machine_memory(struct machine *machine, uint64_t gpa);
 struct features machine_features(void);
 void machine_create(struct machine *machine, const struct mode *mode, struct features features);
 void machine_destroy(struct machine *machine);
+/* Take the slots of the zones away and make them again, with or without the dirty log. */
+void machine_renew_slots(struct machine *machine, bool log);
+/* KVM_SET_SREGS with the machine's CR0, CR4 and EFER. */
+void machine_set_registers(struct machine *machine);
+/* As KVM_SET_CPUID2 tells it to the guest. Before the first machine_run(). */
+void machine_set_physical_bits(struct machine *machine, int bits);
 /* Let the guest do `count` ops; false when it got lost, which is noted. */
 bool machine_run(struct machine *machine, int count);
 
@@ -108,20 +129,28 @@ struct outcomes {
 
 struct word;
 
+/* What the CPU may know of an address space: since when, and of which roots. */
+struct space {
+	struct word *roots;
+	uint32_t not_global;	/* when everything but global pages was invalidated */
+	uint32_t *pages;	/* invalidated one by one */
+};
+
 struct model {
 	const struct mode *mode;
 	struct features features;
 	uint64_t cr0, cr4, root;
-	struct word *words, *pointers, *roots;
+	struct word *words, *pointers, *roots;	/* roots: one for each space */
+	struct space spaces[SPACES], *space;
 	uint64_t *current;	/* values of the words */
 	bool *watched;		/* words that have to be accessed or dirty */
 	struct word **changed;	/* words that had another value since the last flush */
 	int changed_count;
 	bool is_full;		/* time to flush, or old values get lost */
 	uint32_t now;
-	/* When everything was invalidated, and everything but global pages; and when pointers were loaded. */
-	uint32_t all, not_global, pointers_loaded;
-	uint32_t *pages;	/* invalidated one by one */
+	/* When everything was invalidated, and when pointers were loaded. */
+	uint32_t all, pointers_loaded;
+	uint32_t *global_pages;	/* when each was invalidated if it is a global one */
 	uint64_t violations;
 };
 
@@ -131,7 +160,9 @@ void model_destroy(struct model *model);
 void model_store(struct model *model, uint64_t gpa, uint64_t value, int bytes);
 uint64_t model_load(struct model *model, uint64_t gpa);
 void model_invlpg(struct model *model, uint64_t va);
-void model_set_root(struct model *model, uint64_t root);
+/* A root for the space, which the CPU uses from now on; it may keep what it knows of the space. */
+void model_set_root(struct model *model, uint64_t root, int space, bool keep);
+void model_invpcid(struct model *model, enum invpcid type, int space, uint64_t va);
 void model_set_cr4(struct model *model, uint64_t cr4);
 void model_flush(struct model *model);
 /* An access, before it is made. */
@@ -154,6 +185,7 @@ struct options {
 	uint64_t seed, ops;
 	int invlpg_percent;	/* how many changes are followed by the INVLPG that they need */
 	bool reserved_is_present, fault_forgets, compare_events, verbose;
+	bool meddle;		/* the host does things to the VM, and frames share pages */
 };
 
 /* Do it; the number of violations. */

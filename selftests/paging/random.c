@@ -3,8 +3,11 @@
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
 
 #include "audit.h"
+#include "host.h"
 #include "paging.h"
 
 #define ROOTS	3
@@ -17,8 +20,18 @@ struct expected {
 	uint64_t value;
 };
 
+/* What the host does between batches. */
+enum meddling { QUOTA, SLOTS, LOG, PROTECT, COLLAPSE, REGISTERS, MEDDLINGS };
+
+static const char *const meddlings[] = {
+	"quota", "slots renewed", "dirty log", "protected", "collapsed", "registers set",
+};
+
 struct counts {
 	uint64_t accesses, fine, absent, reserved, forbidden, several, fresh, wrong;
+	uint64_t shared, swapped, recursive;
+	uint64_t kept, invpcid[INVPCID_TYPES];
+	uint64_t meddled[MEDDLINGS];
 };
 
 struct run {
@@ -32,6 +45,8 @@ struct run {
 	uint64_t recent[16];
 	int count;		/* ops in the batch */
 	bool unclear;		/* what the last op stored has to be found out */
+	unsigned int meddlings;
+	bool small_quota, log, has_nx, changes_nx;
 };
 
 static uint64_t next(struct run *run)
@@ -83,12 +98,43 @@ static uint64_t random_table(struct run *run, int level)
 	}
 }
 
+/* A frame of data that has another address as well. */
+static uint64_t shared_frame(struct run *run)
+{
+	return (percent(run, 50) ? ZONE_D : ZONE_E) + (2 + below(run, ZONE_FRAMES - 2)) * PAGE_SIZE;
+}
+
+/* Where a leaf of 4K leads. If it leads to a frame that has another address, mostly to that one. */
+static uint64_t random_leaf(struct run *run, uint64_t gpa)
+{
+	uint64_t old;
+
+	if (!run->options->meddle)
+		return random_frame(run);
+	old = model_load(&run->model, gpa) & 0xfffff000;
+	if (old >= ZONE_D && old < ZONE_E + ZONE_FRAMES * PAGE_SIZE && percent(run, 60)) {
+		run->counts.swapped++;
+		return old ^ ZONE_D ^ ZONE_E;
+	}
+	return percent(run, 40) ? shared_frame(run) : random_frame(run);
+}
+
+/* The table itself, now and then. */
+static uint64_t random_child(struct run *run, int level, uint64_t gpa)
+{
+	if (!run->options->meddle || gpa < ZONE_B || !percent(run, 6))
+		return random_table(run, level);
+	run->counts.recursive++;
+	return gpa & ~(PAGE_SIZE - 1);
+}
+
 static uint64_t random_entry(struct run *run, int level, uint64_t gpa)
 {
 	const struct mode *mode = run->mode;
 	bool leaf = level == 1 || (level == 2 && percent(run, 25)) ||
 		    (level == 3 && run->machine->features.gigabyte && percent(run, 10));
 	bool in_root = gpa >= ZONE_B && gpa < ZONE_B + ROOTS * PAGE_SIZE;
+	int bits = run->machine->features.physical_bits;
 	uint64_t entry = 0;
 
 	if (percent(run, 95))
@@ -98,15 +144,15 @@ static uint64_t random_entry(struct run *run, int level, uint64_t gpa)
 	if (percent(run, 78))
 		entry |= PTE_U;
 	entry |= next(run) & PTE_AD;
-	if (mode->entry_bytes == 8 && run->machine->features.nx && percent(run, 8))
+	if (mode->entry_bytes == 8 && run->has_nx && percent(run, 8))
 		entry |= PTE_NX;
 	/* In a root of four levels the bit is reserved, on some CPUs. */
 	if (mode->global && leaf && percent(run, 15) && !(mode->levels > 3 && in_root))
 		entry |= PTE_G;
 	if (!leaf) {
-		entry |= random_table(run, level - 1);
+		entry |= random_child(run, level - 1, gpa);
 	} else if (level == 1) {
-		entry |= random_frame(run);
+		entry |= random_leaf(run, gpa);
 	} else {
 		entry |= PTE_PS;
 		if (level == 2)
@@ -114,8 +160,8 @@ static uint64_t random_entry(struct run *run, int level, uint64_t gpa)
 		if (percent(run, 4))
 			entry |= mode->entry_bytes == 8 ? 1UL << 13 : 1UL << 21;
 	}
-	if (mode->entry_bytes == 8 && percent(run, 3))
-		entry |= run->machine->features.physical_bits < 52 ? 1UL << 51 : 0;
+	if (mode->entry_bytes == 8 && percent(run, 3) && bits < 52)
+		entry |= 1UL << (run->options->meddle && percent(run, 50) ? bits : 51);
 	return entry;
 }
 
@@ -162,11 +208,27 @@ static void load_fixed(struct run *run)
 	run->expected[run->count - 1].value = model_load(&run->model, gpa);
 }
 
+/* In the whole range that there is. */
+static const uint64_t pcids[SPACES] = { 0, 5, 0xfff };
+
+static void invpcid(struct run *run, uint64_t va)
+{
+	uint64_t type = below(run, INVPCID_TYPES);
+	/* Mostly of the space that is in use. */
+	int space = percent(run, 60) ? run->model.space - run->model.spaces : (int)below(run, SPACES);
+
+	run->counts.invpcid[type]++;
+	issue(run, KIND_INVPCID, 0, va, pcids[space] | type << INVPCID_TYPE_SHIFT);
+	model_invpcid(&run->model, type, space, va);
+}
+
 static void invalidate(struct run *run, uint64_t va)
 {
 	if (run->mode->paging == NESTED) {
 		issue(run, KIND_FLUSH, 0, 0, 0);
 		model_flush(&run->model);
+	} else if (run->machine->features.invpcid && percent(run, 40)) {
+		invpcid(run, va);
 	} else {
 		issue(run, KIND_INVLPG, 0, va, 0);
 		model_invlpg(&run->model, va);
@@ -179,7 +241,8 @@ static void change_entry(struct run *run)
 	int level = percent(run, 50) ? 1 : 1 + below(run, run->mode->levels);
 	uint64_t gpa = percent(run, 85) ? model_entry_gpa(&run->model, va, level) : 0;
 
-	if (!gpa)
+	/* A frame that has two addresses is no table, even where an entry of another level leads to it. */
+	if (!gpa || gpa >= ZONE_D)
 		gpa = random_table(run, level) + va_index(run->mode, va, level) * run->mode->entry_bytes;
 	store_fixed(run, gpa, random_entry(run, level, gpa));
 	if (percent(run, run->options->invlpg_percent))
@@ -189,18 +252,25 @@ static void change_entry(struct run *run)
 static void load_root(struct run *run)
 {
 	uint64_t number = below(run, ROOTS);
+	bool keep = false;
+	int space = 0;
 	uint64_t root = run->mode->paging == PAE ? PDPT_GPA + 32 * number : ZONE_B + number * PAGE_SIZE;
 
 	if (run->mode->paging == NESTED) {
 		issue(run, KIND_NCR3, 0, 0, root);
-		model_set_root(&run->model, root);
+		model_set_root(&run->model, root, 0, false);
 		model_flush(&run->model);
 		return;
 	}
-	issue(run, KIND_CR3, 0, 0, root);
+	if (run->machine->features.pcid) {
+		space = below(run, SPACES);
+		keep = percent(run, 60);
+		run->counts.kept += keep;
+	}
+	issue(run, KIND_CR3, 0, 0, root | pcids[space] | (keep ? CR3_KEEP : 0));
 	run->expected[run->count - 1].is_load = true;
-	run->expected[run->count - 1].value = root;
-	model_set_root(&run->model, root);
+	run->expected[run->count - 1].value = root | pcids[space];
+	model_set_root(&run->model, root, space, keep);
 }
 
 static void change_pointer(struct run *run)
@@ -212,11 +282,36 @@ static void change_pointer(struct run *run)
 		load_root(run);
 }
 
+/* Everything is forgotten. */
+static void flush(struct run *run)
+{
+	if (run->mode->paging == NESTED) {
+		invalidate(run, 0);
+		return;
+	}
+	load_root(run);
+	if (!run->mode->global) {
+		model_flush(&run->model);
+		return;
+	}
+	run->machine->cr4 ^= CR4_PGE;
+	issue(run, KIND_CR4, 0, 0, run->machine->cr4);
+	model_set_cr4(&run->model, run->machine->cr4);
+}
+
 static void change_registers(struct run *run)
 {
 	struct machine *machine = run->machine;
 	uint64_t cr4 = machine->cr4;
 
+	if (run->changes_nx && percent(run, 10)) {
+		machine->efer ^= EFER_NX;
+		run->model.features.nx = machine->efer & EFER_NX;
+		issue(run, KIND_EFER, 0, 0, machine->efer);
+		/* No manual says what becomes of translations made by the other rule. */
+		flush(run);
+		return;
+	}
 	if (percent(run, 40)) {
 		machine->cr0 ^= CR0_WP;
 		issue(run, KIND_CR0, 0, 0, machine->cr0);
@@ -236,21 +331,13 @@ static void change_registers(struct run *run)
 	model_set_cr4(&run->model, cr4);
 }
 
-/* Everything is forgotten. */
-static void flush(struct run *run)
+/* What KVM does not see as a table under one address must not become one under the other. */
+static bool may_be_shared(const struct outcomes *outcomes)
 {
-	if (run->mode->paging == NESTED) {
-		invalidate(run, 0);
-		return;
-	}
-	load_root(run);
-	if (!run->mode->global) {
-		model_flush(&run->model);
-		return;
-	}
-	run->machine->cr4 ^= CR4_PGE;
-	issue(run, KIND_CR4, 0, 0, run->machine->cr4);
-	model_set_cr4(&run->model, run->machine->cr4);
+	for (int i = 0; i < outcomes->count; i++)
+		if (outcomes->list[i].error == NO_FAULT && outcomes->list[i].gpa >= ZONE_D)
+			return true;
+	return false;
 }
 
 static uint64_t data_to_store(struct run *run)
@@ -291,11 +378,12 @@ static void access_page(struct run *run)
 		return;
 	}
 	if (kind == KIND_WRITE)
-		value = outcomes.count > 1 ? token(run) : data_to_store(run);
+		value = outcomes.count > 1 || may_be_shared(&outcomes) ? token(run) : data_to_store(run);
 	issue(run, kind, flags, va, value);
 	run->expected[run->count - 1].is_access = true;
 	run->expected[run->count - 1].outcomes = outcomes;
 	run->counts.several += outcomes.count > 1;
+	run->counts.shared += may_be_shared(&outcomes);
 	run->counts.fresh += outcomes.fresh;
 	if (outcomes.count == 1 && outcomes.list[0].error == NO_FAULT) {
 		model_used(&run->model, va, kind, flags, &outcomes);
@@ -337,7 +425,7 @@ static void choose(struct run *run)
 static void describe(struct run *run, int i)
 {
 	static const char *const kinds[] = {
-		"end", "read", "write", "exec", "invlpg", "cr3", "cr0", "cr4", "ncr3", "flush",
+		"end", "read", "write", "exec", "invlpg", "cr3", "cr0", "cr4", "efer", "invpcid", "ncr3", "flush",
 	};
 	struct op *op = &run->machine->ops[i];
 
@@ -450,10 +538,82 @@ static bool find_store(struct run *run)
 	return false;
 }
 
+/* EFER.NX, CR0.WP and bits of CR4. KVM lets the guest's CPU forget everything. */
+static void set_registers(struct run *run)
+{
+	struct machine *machine = run->machine;
+	struct model *model = &run->model;
+
+	if (run->changes_nx && percent(run, 50)) {
+		machine->efer ^= EFER_NX;
+		model->features.nx = machine->efer & EFER_NX;
+	}
+	/* Of those that guests change only what the nested guest's tables do not care about is left. */
+	if (run->mode->paging != NESTED) {
+		machine->cr0 ^= percent(run, 50) ? CR0_WP : 0;
+		machine->cr4 ^= machine->features.smep && percent(run, 30) ? CR4_SMEP : 0;
+		machine->cr4 ^= machine->features.smap && percent(run, 30) ? CR4_SMAP : 0;
+		machine->cr4 ^= run->mode->global && percent(run, 30) ? CR4_PGE : 0;
+	}
+	machine_set_registers(machine);
+	model->cr0 = machine->cr0;
+	model->cr4 = machine->cr4;
+	if (run->mode->paging == NESTED)
+		invalidate(run, 0);
+	else
+		model_flush(model);
+}
+
+/* While the guest does not run. It must not notice anything but the registers. */
+static void meddle(struct run *run)
+{
+	/* Each comes up once at first. */
+	enum meddling what = run->meddlings < MEDDLINGS ? run->meddlings : below(run, MEDDLINGS);
+	struct machine *machine = run->machine;
+
+	run->meddlings++;
+
+	/* Processors load the pointers of PAE with them, in which QEMU has set bits that KVM takes for reserved ones. */
+	if (what == REGISTERS && run->mode->paging == PAE)
+		return;
+	run->counts.meddled[what]++;
+	switch (what) {
+	case QUOTA:
+		/* The smallest that there is. */
+		run->small_quota = !run->small_quota;
+		must(ioctl(machine->vm.fd, KVM_SET_NR_MMU_PAGES, run->small_quota ? 64 : 1000));
+		break;
+	case LOG:
+		run->log = !run->log;
+		/* fall through */
+	case SLOTS:
+		machine_renew_slots(machine, run->log);
+		break;
+	case PROTECT:
+		must(mprotect(machine->zones, HUGE_SIZE, PROT_READ));
+		must(mprotect(machine->shared[1], PAGE_SIZE * ZONE_FRAMES, PROT_READ));
+		must(mprotect(machine->shared[1], PAGE_SIZE * ZONE_FRAMES, PROT_READ | PROT_WRITE));
+		must(mprotect(machine->zones, HUGE_SIZE, PROT_READ | PROT_WRITE));
+		break;
+	case COLLAPSE:
+		/* Into a huge page again, if it is none; or into small ones. */
+		if (percent(run, 50))
+			madvise(machine->zones, 2 * HUGE_SIZE, MADV_COLLAPSE);
+		else
+			madvise(machine->zones + HUGE_SIZE - PAGE_SIZE, PAGE_SIZE, MADV_PAGEOUT);
+		break;
+	default:
+		set_registers(run);
+		break;
+	}
+}
+
 static bool batch(struct run *run)
 {
 	run->count = 0;
 	run->unclear = false;
+	if (run->options->meddle)
+		meddle(run);
 	if (run->model.is_full)
 		flush(run);
 	/* Some of these make three ops. */
@@ -500,6 +660,28 @@ static void populate(struct run *run)
 			((uint64_t *)machine_memory(run->machine, PDPT_GPA))[n] = random_table(run, 2) | PTE_P;
 }
 
+/* KVM walks the random tables, and not the processor. */
+static bool mode_is_shadowed(const struct mode *mode)
+{
+	return mode->paging == NESTED || kvm_paging() == SHADOW;
+}
+
+/* Each thing that a run with the host's hand in it is for has to have happened. */
+static bool has_meddled(const struct run *run)
+{
+	const struct counts *counts = &run->counts;
+	bool all = counts->shared && counts->swapped && counts->recursive;
+
+	note("%s: %" PRIu64 " accesses to frames that may share a page, %" PRIu64 " entries changed to the other frame, %"
+	     PRIu64 " tables that lead to themselves", run->mode->name, counts->shared, counts->swapped, counts->recursive);
+	for (int i = 0; i < MEDDLINGS; i++) {
+		note("%s: %s %" PRIu64 " times", run->mode->name, meddlings[i], counts->meddled[i]);
+		all = all && (counts->meddled[i] || (i == REGISTERS && run->mode->paging == PAE));
+	}
+	note("%s: %" PRIu64 " pages recycled", run->mode->name, kvm_stat(run->machine->vm.fd, "mmu_recycled"));
+	return all;
+}
+
 uint64_t random_run(struct machine *machine, const struct options *options)
 {
 	struct run run = { .machine = machine, .mode = machine->mode, .options = options, .state = options->seed };
@@ -508,7 +690,21 @@ uint64_t random_run(struct machine *machine, const struct options *options)
 	run.expected = calloc(MAX_OPS, sizeof(*run.expected));
 	if (!run.expected)
 		bail("out of memory");
+	run.has_nx = machine->features.nx;
+	/* The same pages shadow the guest's tables with EFER.NX and without: what it made reserved by that may stay in use. */
+	run.changes_nx = run.has_nx && kvm_paging() != SHADOW;
+	if (options->meddle && mode_is_shadowed(machine->mode)) {
+		/* A nested guest has memory above 512 GiB. */
+		static const int bits[] = { 36, 39, 40, 44, 52 };
+		int fewest = machine->mode->paging == NESTED ? 2 : 0;
+
+		machine_set_physical_bits(machine, bits[fewest + below(&run, 5 - fewest)]);
+		note("%s: %d bits of physical address", run.mode->name, machine->features.physical_bits);
+	}
+	/* The tables to begin with are made with a model at hand, too. */
+	model_create(&run.model, machine);
 	populate(&run);
+	model_destroy(&run.model);
 	model_create(&run.model, machine);
 	run.count = 0;
 	load_root(&run);
@@ -522,6 +718,14 @@ uint64_t random_run(struct machine *machine, const struct options *options)
 	if (!counts->wrong && run.done >= 5000 && !(counts->fine && counts->absent && counts->forbidden &&
 						    counts->reserved && counts->several && counts->fresh)) {
 		note("some kind of outcome never came: the test has not done its work");
+		counts->wrong++;
+	}
+	if (machine->features.pcid)
+		note("%s: %" PRIu64 " roots loaded that keep what the CPU knows, INVPCID by type: %" PRIu64 " %" PRIu64 " %" PRIu64
+		     " %" PRIu64, run.mode->name, counts->kept, counts->invpcid[0], counts->invpcid[1], counts->invpcid[2],
+		     counts->invpcid[3]);
+	if (options->meddle && !counts->wrong && run.done >= 5000 && !has_meddled(&run)) {
+		note("the host has not done all that it was to do");
 		counts->wrong++;
 	}
 	model_destroy(&run.model);
