@@ -439,6 +439,73 @@ impl World {
         }
     }
 
+    /// The entry of the last level for an address: its table, its index, and the frame.
+    fn leaf(&self, vcpu: usize, va: u64) -> Option<(Gfn, u64, Gfn)> {
+        let paging = self.vm.paging_of(vcpu);
+        let mut table = Gfn(self.vm.vcpus[vcpu].cr3 >> 12);
+        if paging.mode == Mode::Pae {
+            table = Gfn(self.vm.vcpus[vcpu].pdptrs[(va >> 30 & 3) as usize] >> 12);
+        }
+        for level in (1..=paging.top()).rev() {
+            if !self.vm.ram.contains(table) {
+                return None;
+            }
+            let index = paging.index(va, level);
+            let gpa = paging.entry_gpa(table, index);
+            let entry = self.vm.ram.load(gpa, paging.width());
+            if !paging.is_present(entry) || paging.is_reserved(entry, level) {
+                return None;
+            }
+            let frame = paging.frame(entry, level);
+            if level == 1 {
+                return Some((table, index, frame));
+            }
+            if paging.is_leaf(entry, level) {
+                return None;
+            }
+            table = frame;
+        }
+        None
+    }
+
+    /// The guest reads through an entry, lets the entry lead to another frame with the
+    /// same page of the host, and goes on without a flush.
+    fn swap_frames(&mut self) {
+        let vcpu = self.vcpu();
+        let paging = self.vm.paging_of(vcpu);
+        let start = self.random.below(16) as usize;
+        let leaves = (start..start + 16).find_map(|number| {
+            let va = self.addresses[vcpu][number % 16];
+            let (table, index, frame) = self.leaf(vcpu, va)?;
+            let pfn = self.vm.ram.backing(frame)?.pfn;
+            let owners = self.vm.ram.owners(pfn);
+            let other = owners.into_iter().find(|&other| other != frame)?;
+            Some((va, table, index, [frame, other]))
+        });
+        let Some((va, table, index, frames)) = leaves else {
+            return;
+        };
+        let user = self.vm.paging.nested || self.random.once_in(2);
+        for (number, frame) in frames.into_iter().enumerate() {
+            let mut value = frame.0 << 12 | paging.full();
+            if number == 0 {
+                value &= !W;
+            }
+            self.write_entry(vcpu, table.0, index, value);
+            if number == 0 {
+                self.vm.invlpg(vcpu, va);
+            }
+            let kind = Kind {
+                write: number == 1 && !self.random.once_in(4),
+                exec: false,
+                user,
+            };
+            if let Touch::Memory(_) = self.vm.touch(vcpu, va, kind) {
+                self.note("swapped");
+            }
+        }
+    }
+
     /// The guest serves its page fault: one entry becomes as it should be.
     fn repair(&mut self, vcpu: usize, va: u64) {
         let paging = self.vm.paging_of(vcpu);
@@ -628,6 +695,7 @@ impl World {
                 self.note("registers");
             }
             51 => self.change_slots(),
+            52 | 53 => self.swap_frames(),
             _ => self.host(),
         }
     }
@@ -708,6 +776,7 @@ fn run_all(first: u64) {
         "recycled",
         "registers",
         "shared",
+        "swapped",
         "store",
         "synced",
         "table",

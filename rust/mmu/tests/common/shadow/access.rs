@@ -118,12 +118,13 @@ impl Vm {
         };
         if kind.write {
             assert!(self.ram.backing(gfn).unwrap().writable && !self.ram.is_rom(gfn));
-            self.assert_write_is_seen(gfn);
             // Of frames that share a page and that the address may both lead to, it
-            // is the one that the entry was made for whose write is logged.
-            let logged = self.machine.valid_slot(gfn).is_some_and(|s| s.logged.get());
-            if logged && allowed.len() == 1 {
-                self.logged_writes.insert(gfn.0);
+            // is the one that the entry was made for whose write is seen and logged.
+            if allowed.len() == 1 {
+                self.assert_write_is_seen(gfn);
+                if self.machine.valid_slot(gfn).is_some_and(|s| s.logged.get()) {
+                    self.logged_writes.insert(gfn.0);
+                }
             }
         }
         gfn
