@@ -75,7 +75,7 @@ static LAYOUTS: &[Layout] = layouts! {
     kvm_arch {
         indirect_shadow_pages, mmu_valid_gen, vm_type, pre_fault_allowed, active_mmu_pages, shadow_mmio_value,
         tdp_mmu_roots, tdp_mmu_pages_lock, disable_nx_huge_pages, nx_huge_page_last, cpu_dirty_log_size,
-        external_write_tracking_enabled, n_max_mmu_pages, mmu_page_hash, mmu_unsync_pages_lock, shadow_root_allocated,
+        n_max_mmu_pages, mmu_page_hash, mmu_unsync_pages_lock, shadow_root_allocated,
         split_page_header_cache, split_shadow_page_cache, split_desc_cache, disabled_quirks, has_private_mem, has_mapped_host_mmio,
     }
     kvm_vm_stat {
@@ -173,6 +173,14 @@ static NESTED_LAYOUTS: &[Layout] = layouts! { kvm_x86_ops { nested_ops } };
 #[cfg(rmmu_has_nested_ops_table)]
 static NESTED_LAYOUTS: &[Layout] = &[];
 
+/// The same of whether somebody outside of KVM tracks writes, where the kernel is configured for that.
+#[cfg(CONFIG_KVM_EXTERNAL_WRITE_TRACKING)]
+static TRACKING_LAYOUTS: &[Layout] = layouts! { kvm_arch { external_write_tracking_enabled } };
+
+/// The same where KVM alone does.
+#[cfg(not(CONFIG_KVM_EXTERNAL_WRITE_TRACKING))]
+static TRACKING_LAYOUTS: &[Layout] = &[];
+
 /// A reference to a BTF that the kernel has.
 struct Loaded(NonNull<c_void>);
 
@@ -260,7 +268,7 @@ pub fn check() -> Result {
     let kvm = Btf::new(blob, Some(&kernel), &mut room).map_err(|_| unreadable("kvm.ko"))?;
 
     let mut wanted = KVVec::new();
-    for layout in [LAYOUTS, WALK_LAYOUTS, NESTED_LAYOUTS]
+    for layout in [LAYOUTS, WALK_LAYOUTS, NESTED_LAYOUTS, TRACKING_LAYOUTS]
         .into_iter()
         .flatten()
     {
