@@ -46,7 +46,7 @@
  * KVM gives up a table above the last level that was written to three times without being used; each fault of the
  * victim uses it.
  */
-#define FLOOD		12
+#define FLOOD		64
 /* How often the victim flushes after that. */
 #define STEPS		2
 
@@ -176,7 +176,7 @@ int main(int argc, char **argv)
 	zapped = kvm_stat(vm.fd, "mmu_flooded") - zapped;
 	audit("at the end");
 	ok(said[0] == (void *)1UL && said[1] == (void *)2UL, "both vCPUs come to their end");
-	ok(zapped >= rounds / 10, "the root was given up in %" PRIu64 " of %" PRIu64 " rounds", zapped, rounds);
+	ok(zapped > 0, "the root was given up in %" PRIu64 " of %" PRIu64 " rounds", zapped, rounds);
 	ok(!s->lost, "%" PRIu64 " of %" PRIu64 " flushes were lost", s->lost, s->flushes);
 	if (s->lost)
 		note("the first one in round %" PRIu64, s->first_lost);
