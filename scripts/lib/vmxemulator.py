@@ -102,6 +102,14 @@ FAULTS = [
         "      if (! IsValidPageAlignedPhyAddr(vm->pid_addr)) {\n",
         "      if (! IsValidPhyAddr(vm->pid_addr) || (vm->pid_addr & 0x3f)) {\n",
     ),
+    Fault(
+        "With several CPUs nobody notes where a CPU goes on when it has delivered an exception. If the guest exits before "
+        "the handler's first instruction, it is back at the instruction that caused the exception, with the handler's "
+        "rights and stack.",
+        "cpu/cpu.cc",
+        "void BX_CPU_C::cpu_run_trace(void)\n{\n",
+        "void BX_CPU_C::cpu_run_trace(void)\n{\n  BX_CPU_THIS_PTR prev_rip = RIP;\n\n",
+    ),
 ]
 
 # Not a fault, but what Bochs is too kind to do: see RETAINED_SOURCE.
