@@ -15,8 +15,10 @@ use crate::{
     mmu::types::{Gfn, GfnRange, Level},
     vm::{self, Vm},
 };
-use core::ffi::{c_char, c_int, c_long, c_ulong, c_void};
-use kernel::error::code::{EINVAL, ENOTTY};
+use kernel::{
+    error::code::{EINVAL, ENOTTY},
+    ffi::{c_char, c_int, c_long, c_uint, c_ulong, c_void},
+};
 
 /// The VM and our data of it.
 ///
@@ -47,6 +49,7 @@ macro_rules! vm_handlers {
             let _ = &$kvm;
             $body
         }
+        check_prototype!($name);
     )*};
 }
 
@@ -67,6 +70,7 @@ macro_rules! vcpu_handlers {
             let (_, Some($vm)) = found else { return $default };
             $body
         }
+        check_prototype!($name);
     )*};
 }
 
@@ -103,6 +107,7 @@ unsafe extern "C" fn rmmu_kvm_mmu_init_vm(kvm: *mut kvm) -> c_int {
         }
     }
 }
+check_prototype!(rmmu_kvm_mmu_init_vm);
 
 /// The end of a VM: no vCPU, no notifier and no file refers to it any more.
 ///
@@ -119,6 +124,7 @@ unsafe extern "C" fn rmmu_kvm_mmu_uninit_vm(kvm: *mut kvm) {
     // The last act: rmmod may go on from here.
     drop(module_reference);
 }
+check_prototype!(rmmu_kvm_mmu_uninit_vm);
 
 /// An ioctl of a VM that KVM's x86 part serves. The one that can make a VM of the default type an encrypted one is refused, as
 /// a machine without encryption refuses it.
@@ -132,7 +138,7 @@ unsafe extern "C" fn rmmu_kvm_mmu_uninit_vm(kvm: *mut kvm) {
 #[no_mangle]
 unsafe extern "C" fn rmmu_kvm_arch_vm_ioctl(
     file: *mut file,
-    ioctl: core::ffi::c_uint,
+    ioctl: c_uint,
     argument: c_ulong,
 ) -> c_int {
     // SAFETY: no precondition.
@@ -143,6 +149,7 @@ unsafe extern "C" fn rmmu_kvm_arch_vm_ioctl(
     // SAFETY: the function itself, with the arguments it was called with. The file holds the VM, which holds this module.
     unsafe { orig::kvm_arch_vm_ioctl(file, ioctl, argument) }
 }
+check_prototype!(rmmu_kvm_arch_vm_ioctl);
 
 /// A capability is enabled. Those that give a VM of the default type what an encrypted one has are refused with what KVM says
 /// of a VM that cannot take it.
@@ -168,6 +175,7 @@ unsafe extern "C" fn rmmu_kvm_vm_ioctl_enable_cap(
     }
     EINVAL.to_errno()
 }
+check_prototype!(rmmu_kvm_vm_ioctl_enable_cap);
 
 vcpu_handlers! {
     /// Gives the vCPU a root.
@@ -401,9 +409,6 @@ vm_handlers! {
         }
     }
 
-    /// A turn of the task that recovers NX huge pages.
-    fn rmmu_kvm_nx_huge_page_recovery_worker(kvm, vm) -> bool = false, { vm.nx_recovery_turn(kvm) }
-
     /// Dirty logging is over: map huge pages again.
     fn rmmu_kvm_mmu_recover_huge_pages(kvm, vm, slot: *const kvm_memory_slot) -> () = (), {
         // SAFETY: KVM holds slots_lock.
@@ -412,3 +417,16 @@ vm_handlers! {
         }
     }
 }
+
+/// A turn of the task that recovers NX huge pages. Its data is the VM.
+///
+/// # Safety
+///
+/// Called by its stub only.
+#[no_mangle]
+unsafe extern "C" fn rmmu_kvm_nx_huge_page_recovery_worker(data: *mut c_void) -> bool {
+    // SAFETY: the stub checked the owner, and KVM ends the task before the VM goes.
+    let (kvm, vm) = unsafe { owned(data.cast()) };
+    vm.is_some_and(|vm| vm.nx_recovery_turn(kvm))
+}
+check_prototype!(rmmu_kvm_nx_huge_page_recovery_worker);

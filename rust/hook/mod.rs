@@ -15,51 +15,22 @@
 pub mod entry;
 
 use crate::{
-    kvm::{abi, bindings, param, symbols, trace},
+    kvm::{abi, bindings, calls::core_kernel, param, symbols, trace},
     vm,
 };
 use core::{
     cell::UnsafeCell,
-    ffi::{c_int, c_void},
     mem::MaybeUninit,
     ptr,
     sync::atomic::{AtomicBool, Ordering},
 };
 use kernel::{
     error::to_result,
+    ffi::{c_int, c_void},
     pr_err_once,
     prelude::*,
     str::{CStr, CString},
 };
-
-// C structs without members are only ever pointed at.
-#[allow(improper_ctypes)]
-extern "C" {
-    #[link_name = "__SCT__rmmu_core_alloc_ftrace_hash"]
-    fn alloc_ftrace_hash(size_bits: c_int) -> *mut bindings::ftrace_hash;
-    #[link_name = "__SCT__rmmu_core_free_ftrace_hash"]
-    fn free_ftrace_hash(hash: *mut bindings::ftrace_hash);
-    #[link_name = "__SCT__rmmu_core_add_ftrace_hash_entry_direct"]
-    fn add_ftrace_hash_entry_direct(
-        hash: *mut bindings::ftrace_hash,
-        ip: usize,
-        direct: usize,
-    ) -> *mut c_void;
-    #[link_name = "__SCT__rmmu_core_update_ftrace_direct_add"]
-    fn update_ftrace_direct_add(
-        ops: *mut bindings::ftrace_ops,
-        hash: *mut bindings::ftrace_hash,
-    ) -> c_int;
-    #[link_name = "__SCT__rmmu_core_update_ftrace_direct_del"]
-    fn update_ftrace_direct_del(
-        ops: *mut bindings::ftrace_ops,
-        hash: *mut bindings::ftrace_hash,
-    ) -> c_int;
-    #[link_name = "__SCT__rmmu_core_ftrace_find_rec_direct"]
-    fn ftrace_find_rec_direct(ip: usize) -> usize;
-    #[link_name = "__SCT__rmmu_core_ftrace_location"]
-    fn ftrace_location(ip: usize) -> usize;
-}
 
 /// Size of the patched instruction at a function's entry.
 const PATCH_SIZE: usize = 5;
@@ -82,7 +53,7 @@ struct Hash(*mut bindings::ftrace_hash);
 impl Hash {
     fn new() -> Result<Hash> {
         // SAFETY: process context; bound by `symbols::init`.
-        let hash = unsafe { alloc_ftrace_hash(HASH_BITS) };
+        let hash = unsafe { core_kernel::alloc_ftrace_hash(HASH_BITS) };
         if hash.is_null() {
             return Err(ENOMEM);
         }
@@ -91,8 +62,9 @@ impl Hash {
 
     fn add(&mut self, patch: &Patch) -> Result {
         // SAFETY: the hash is ours; `ip` is a patch site and the stub never returns to it.
-        let entry =
-            unsafe { add_ftrace_hash_entry_direct(self.0, patch.site, patch.stub | FTRACE_JMP) };
+        let entry = unsafe {
+            core_kernel::add_ftrace_hash_entry_direct(self.0, patch.site, patch.stub | FTRACE_JMP)
+        };
         if entry.is_null() {
             return Err(ENOMEM);
         }
@@ -103,7 +75,7 @@ impl Hash {
 impl Drop for Hash {
     fn drop(&mut self) {
         // SAFETY: ours; ftrace copies what it keeps.
-        unsafe { free_ftrace_hash(self.0) }
+        unsafe { core_kernel::free_ftrace_hash(self.0) }
     }
 }
 
@@ -148,7 +120,7 @@ fn resolve(function: &symbols::Function) -> Result<Patch> {
     let name = symbols::name(function);
     let address = symbols::require_kvm(name)?;
     // SAFETY: any address may be asked for.
-    let site = unsafe { ftrace_location(address) };
+    let site = unsafe { core_kernel::ftrace_location(address) };
     if site == 0 {
         pr_err!(
             "{} is not traceable in this kernel, so it cannot be hooked\n",
@@ -170,9 +142,9 @@ fn update(patches: &[Patch], add: bool) -> Result {
     // SAFETY: ops and hash are ours and live long enough; the stubs are module text.
     to_result(unsafe {
         if add {
-            update_ftrace_direct_add(ops, hash.0)
+            core_kernel::update_ftrace_direct_add(ops, hash.0)
         } else {
-            update_ftrace_direct_del(ops, hash.0)
+            core_kernel::update_ftrace_direct_del(ops, hash.0)
         }
     })
 }
@@ -205,7 +177,7 @@ fn remove(patches: &[Patch]) {
 fn diverted_to(site: usize) -> Option<CString> {
     const MAX_SYMBOL: usize = bindings::RMMU_SYMBOL_LEN as usize;
     // SAFETY: any address may be asked for; ftrace's lock is not needed for an answer that is only printed.
-    let target = unsafe { ftrace_find_rec_direct(site) } & !FTRACE_JMP;
+    let target = unsafe { core_kernel::ftrace_find_rec_direct(site) } & !FTRACE_JMP;
     if target == 0 {
         return None;
     }

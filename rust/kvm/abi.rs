@@ -9,24 +9,18 @@
 use crate::kvm::{
     bindings,
     btf::{self, Bits, Btf, Expected, Field, Layout, Mismatch, Wanted},
+    calls::core_kernel,
     symbols,
 };
 use core::{
-    ffi::{c_char, c_void, CStr},
     mem::{offset_of, size_of},
     ptr::NonNull,
 };
-use kernel::prelude::*;
+use kernel::{prelude::*, str::CStr};
 
 /// A function that only kvm.ko has: whose BTF has it is kvm.ko's.
 const KVM_FUNCTION: &CStr = c"kvm_mmu_page_fault";
 const BTF_KIND_FUNC: u32 = 12;
-
-extern "C" {
-    fn bpf_find_btf_id(name: *const c_char, kind: u32, btf: *mut *mut c_void) -> i32;
-    #[link_name = "__SCT__rmmu_core_btf_put"]
-    fn btf_put(btf: *mut c_void);
-}
 
 /// The size of what a function's result points to: of a field, for a function that gives the field's address.
 const fn pointee<T, F>(_: fn(*const T) -> *const F) -> usize {
@@ -182,7 +176,7 @@ static TRACKING_LAYOUTS: &[Layout] = layouts! { kvm_arch { external_write_tracki
 static TRACKING_LAYOUTS: &[Layout] = &[];
 
 /// A reference to a BTF that the kernel has.
-struct Loaded(NonNull<c_void>);
+struct Loaded(NonNull<bindings::btf>);
 
 impl Loaded {
     /// kvm.ko's BTF.
@@ -190,7 +184,7 @@ impl Loaded {
         let mut found = core::ptr::null_mut();
         // SAFETY: the name is a string; on success `found` is a BTF with a reference that is ours.
         let id = unsafe {
-            bpf_find_btf_id(KVM_FUNCTION.as_char_ptr().cast(), BTF_KIND_FUNC, &mut found)
+            bindings::bpf_find_btf_id(KVM_FUNCTION.as_char_ptr(), BTF_KIND_FUNC, &mut found)
         };
         match NonNull::new(found) {
             Some(btf) if id > 0 => Ok(Self(btf)),
@@ -228,7 +222,7 @@ impl Loaded {
 impl Drop for Loaded {
     fn drop(&mut self) {
         // SAFETY: the reference is ours.
-        unsafe { btf_put(self.0.as_ptr()) }
+        unsafe { core_kernel::btf_put(self.0.as_ptr()) }
     }
 }
 

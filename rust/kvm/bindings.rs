@@ -32,3 +32,18 @@ type __kernel_ssize_t = isize;
 type __kernel_ptrdiff_t = isize;
 
 include!(concat!(env!("RMMU_OBJ"), "/rust/kvm/bindings_generated.rs"));
+
+/// Compares the type of a function that C calls with C's declaration of it, as `#[export]` does for the kernel's own: a
+/// function of another type does not compile. Each `#[no_mangle]` is followed by one of these.
+macro_rules! check_prototype {
+    ($name:ident) => {
+        const _: () = {
+            if true {
+                $crate::kvm::bindings::$name
+            } else {
+                $name
+            };
+        };
+    };
+}
+pub(crate) use check_prototype;

@@ -2,31 +2,14 @@
 /*
  * Static calls into kvm.ko, and the two tables Rust binds them from. Only C can define a static call.
  */
-#include <linux/kvm_host.h>
-#include <linux/static_call.h>
-#include <asm/e820/api.h>
-#include <asm/memtype.h>
-#include "mmu.h"
-#include "mmu/mmu_internal.h"
-#include "mmu/page_track.h"
-#include "mmu/tdp_mmu.h"
-#include "x86.h"
-#include "kvm_emulate.h"
-#include "kvm_mm.h"
+#include "calls.h"
 #include "glue.h"
-#include "shadow_glue.h"
 #include "walk.h"
 
-/* Static in kvm.ko: no header declares them. */
-bool kvm_nx_huge_page_recovery_worker(void *data);
-void __kvm_mmu_zap_all_fast_front_half(struct kvm *kvm);
-
-/* rmmu_orig_FUNCTION: the function itself, past its patched entry. */
 #define RMMU_HOOK(func, owner, proto) DEFINE_STATIC_CALL_NULL(rmmu_orig_##func, func);
 #include "../hook/entry_points.h"
 #undef RMMU_HOOK
 
-/* rmmu_call_FUNCTION: a function of kvm.ko, from its first instruction. */
 #define RMMU_CALL(func, proto) DEFINE_STATIC_CALL_NULL(rmmu_call_##func, func);
 #include "callees.h"
 #undef RMMU_CALL
@@ -55,57 +38,26 @@ const struct rmmu_function rmmu_callees[] = {
 #undef RMMU_CALL
 const unsigned long rmmu_callees_len = ARRAY_SIZE(rmmu_callees);
 
-/* Helpers of the core kernel that are not exported; bound once, at load. */
-unsigned long rmmu_kallsyms(const char *name);
-struct ftrace_hash *rmmu_hash_alloc(int size_bits);
-void rmmu_hash_free(struct ftrace_hash *hash);
-struct ftrace_func_entry *rmmu_hash_add(struct ftrace_hash *hash, unsigned long ip, unsigned long direct);
-int rmmu_direct_add(struct ftrace_ops *ops, struct ftrace_hash *hash);
-int rmmu_direct_del(struct ftrace_ops *ops, struct ftrace_hash *hash);
-unsigned long rmmu_location(unsigned long ip);
-unsigned long rmmu_find_direct(unsigned long ip);
-void rmmu_btf_put(struct btf *btf);
-void rmmu_vendor_load_pgd(struct kvm_vcpu *vcpu, hpa_t root_hpa, int root_level);
-void rmmu_vendor_flush_current(struct kvm_vcpu *vcpu);
-u8 rmmu_vendor_memtype(struct kvm_vcpu *vcpu, gfn_t gfn, bool is_mmio);
-
-DEFINE_STATIC_CALL_NULL(rmmu_core_kallsyms_lookup_name, rmmu_kallsyms);
-DEFINE_STATIC_CALL_NULL(rmmu_core_alloc_ftrace_hash, rmmu_hash_alloc);
-DEFINE_STATIC_CALL_NULL(rmmu_core_free_ftrace_hash, rmmu_hash_free);
-DEFINE_STATIC_CALL_NULL(rmmu_core_add_ftrace_hash_entry_direct, rmmu_hash_add);
-DEFINE_STATIC_CALL_NULL(rmmu_core_update_ftrace_direct_add, rmmu_direct_add);
-DEFINE_STATIC_CALL_NULL(rmmu_core_update_ftrace_direct_del, rmmu_direct_del);
-DEFINE_STATIC_CALL_NULL(rmmu_core_ftrace_location, rmmu_location);
-DEFINE_STATIC_CALL_NULL(rmmu_core_ftrace_find_rec_direct, rmmu_find_direct);
-DEFINE_STATIC_CALL_NULL(rmmu_core_e820__mapped_raw_any, e820__mapped_raw_any);
-DEFINE_STATIC_CALL_NULL(rmmu_core_pat_pfn_immune_to_uc_mtrr, pat_pfn_immune_to_uc_mtrr);
-DEFINE_STATIC_CALL_NULL(rmmu_core_btf_put, rmmu_btf_put);
+#define RMMU_CORE(func, proto) DEFINE_STATIC_CALL_NULL(rmmu_core_##func, func);
+#include "core_functions.h"
+#undef RMMU_CORE
 
 #define RMMU_CORE(func, proto) {					\
-	.name = #func, .prototype = proto,					\
+	.name = #func, .prototype = proto,				\
 	.key = &STATIC_CALL_KEY(rmmu_core_##func),			\
-	.tramp = STATIC_CALL_TRAMP_ADDR(rmmu_core_##func) }
+	.tramp = STATIC_CALL_TRAMP_ADDR(rmmu_core_##func) },
 const struct rmmu_function rmmu_core[] = {
-	RMMU_CORE(kallsyms_lookup_name, "long unsigned int(const char *)"),
-	RMMU_CORE(alloc_ftrace_hash, "struct ftrace_hash *(int)"),
-	RMMU_CORE(free_ftrace_hash, "void(struct ftrace_hash *)"),
-	RMMU_CORE(add_ftrace_hash_entry_direct, "struct ftrace_func_entry *(struct ftrace_hash *, long unsigned int, long unsigned int)"),
-	RMMU_CORE(update_ftrace_direct_add, "int(struct ftrace_ops *, struct ftrace_hash *)"),
-	RMMU_CORE(update_ftrace_direct_del, "int(struct ftrace_ops *, struct ftrace_hash *)"),
-	RMMU_CORE(ftrace_location, "long unsigned int(long unsigned int)"),
-	RMMU_CORE(ftrace_find_rec_direct, "long unsigned int(long unsigned int)"),
-	RMMU_CORE(e820__mapped_raw_any, "bool(u64, u64, enum e820_type)"),
-	RMMU_CORE(pat_pfn_immune_to_uc_mtrr, "bool(long unsigned int)"),
-	RMMU_CORE(btf_put, "void(struct btf *)"),
+#include "core_functions.h"
 };
+#undef RMMU_CORE
 const unsigned long rmmu_core_len = ARRAY_SIZE(rmmu_core);
 
 /* The vendor module's operations rmmu needs; bound from kvm_x86_ops when a VM is taken. */
-DEFINE_STATIC_CALL_NULL(rmmu_x86_load_mmu_pgd, rmmu_vendor_load_pgd);
-DEFINE_STATIC_CALL_NULL(rmmu_x86_flush_tlb_current, rmmu_vendor_flush_current);
-DEFINE_STATIC_CALL_RET0(rmmu_x86_get_mt_mask, rmmu_vendor_memtype);
-DEFINE_STATIC_CALL_NULL(rmmu_x86_cache_reg, rmmu_vendor_cache_reg);
-DEFINE_STATIC_CALL_RET0(rmmu_x86_write_log_dirty, rmmu_vendor_write_log_dirty);
+DEFINE_STATIC_CALL_NULL(rmmu_x86_load_mmu_pgd, RMMU_X86_OP(load_mmu_pgd));
+DEFINE_STATIC_CALL_NULL(rmmu_x86_flush_tlb_current, RMMU_X86_OP(flush_tlb_current));
+DEFINE_STATIC_CALL_RET0(rmmu_x86_get_mt_mask, RMMU_X86_OP(get_mt_mask));
+DEFINE_STATIC_CALL_NULL(rmmu_x86_cache_reg, RMMU_X86_OP(cache_reg));
+DEFINE_STATIC_CALL_RET0(rmmu_x86_write_log_dirty, RMMU_NESTED_OP(write_log_dirty));
 
 /*
  * Each is bound to what the vendor module of the moment has, which may be nothing: the one before it may be gone, and with it

@@ -17,6 +17,7 @@
 #include "lapic.h"
 #include <asm/vmx.h>
 #include "x86.h"
+#include "calls.h"
 #include "glue.h"
 
 /* Messages that users of KVM can cause: some, and then some more after a while. */
@@ -60,10 +61,6 @@ bool rmmu_audit_at_end;
 module_param_named(audit_at_end, rmmu_audit_at_end, bool, 0644);
 MODULE_PARM_DESC(audit_at_end, "Audit the page tables of each VM when it ends (default 0). For tests: it takes time.");
 
-/* Named field: Rust's static branch macro addresses the key by type and field. */
-struct rmmu_tdp_mmu_key {
-	struct static_key_true key;
-};
 struct rmmu_tdp_mmu_key rmmu_tdp_mmu_key = { STATIC_KEY_TRUE_INIT };
 
 #ifndef CONFIG_JUMP_LABEL
@@ -179,15 +176,10 @@ int rmmu_req_free_obsolete_roots(void) { return KVM_REQ_MMU_FREE_OBSOLETE_ROOTS;
 int rmmu_req_apic_page_reload(void) { return KVM_REQ_APIC_PAGE_RELOAD; }
 bool rmmu_host_mmio_buffers(void) { return cpu_feature_enabled(X86_FEATURE_CLEAR_CPU_BUF_VM_MMIO); }
 
-DECLARE_STATIC_CALL(rmmu_call_kvm_make_all_cpus_request, kvm_make_all_cpus_request);
-
 void rmmu_force_exit_all(struct kvm *kvm)
 {
 	static_call(rmmu_call_kvm_make_all_cpus_request)(kvm, KVM_REQ_OUTSIDE_GUEST_MODE);
 }
-
-DECLARE_STATIC_CALL(rmmu_core_e820__mapped_raw_any, e820__mapped_raw_any);
-DECLARE_STATIC_CALL(rmmu_core_pat_pfn_immune_to_uc_mtrr, pat_pfn_immune_to_uc_mtrr);
 
 /* Whether the host maps @pfn uncached, i.e. it is a device's and not memory. */
 bool rmmu_is_mmio_pfn(u64 pfn)

@@ -6,6 +6,7 @@
 #ifndef RMMU_GLUE_H
 #define RMMU_GLUE_H
 
+#include <linux/jump_label.h>
 #include <linux/kallsyms.h>
 #include <linux/kvm_host.h>
 
@@ -53,6 +54,11 @@ extern unsigned int rmmu_fault_around_bytes;
 bool rmmu_valid_fault_around_bytes(u64 bytes);	/* Rust */
 int rmmu_set_tdp_mmu(bool on);		/* Rust: refuses while owned VMs exist */
 void rmmu_switch_tdp_mmu(bool on);
+/* A struct, because Rust's static branch macro addresses the key by type and field. */
+struct rmmu_tdp_mmu_key {
+	struct static_key_true key;
+};
+extern struct rmmu_tdp_mmu_key rmmu_tdp_mmu_key;
 #ifndef CONFIG_JUMP_LABEL
 bool rmmu_tdp_mmu_enabled(void);
 #endif

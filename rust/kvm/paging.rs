@@ -12,7 +12,8 @@ use crate::{
         types::{Gfn, Level, PAGE_SHIFT},
     },
 };
-use core::{cell::Cell, ffi::c_void};
+use core::cell::Cell;
+use kernel::ffi::c_void;
 
 /// The format of a guest's page tables.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -153,7 +154,7 @@ impl Vcpu {
     pub fn translate_write(&self, address: u64) -> Option<u64> {
         // SAFETY: the vCPU is loaded by this thread; nobody wants to know the exception.
         let gpa = unsafe {
-            calls::kvm_mmu_gva_to_gpa_write(self.as_ptr(), address, core::ptr::null_mut())
+            calls::kvm_mmu_gva_to_gpa_write(self.as_ptr(), address as usize, core::ptr::null_mut())
         };
         (gpa != u64::MAX).then_some(gpa)
     }

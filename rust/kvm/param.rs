@@ -13,18 +13,6 @@ use core::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 use kernel::prelude::*;
 use pin_init::Zeroable;
 
-/// Static key in a C struct, addressed by type and field.
-#[cfg(CONFIG_JUMP_LABEL)]
-#[repr(C)]
-struct TdpMmuKey {
-    key: kernel::bindings::static_key_true,
-}
-
-#[cfg(CONFIG_JUMP_LABEL)]
-extern "C" {
-    static rmmu_tdp_mmu_key: TdpMmuKey;
-}
-
 /// Whether the TDP MMU serves faults, in a kernel that has no jump labels to patch: a load and a test.
 #[cfg(not(CONFIG_JUMP_LABEL))]
 pub fn tdp_mmu() -> bool {
@@ -37,7 +25,14 @@ pub fn tdp_mmu() -> bool {
 #[inline(always)]
 pub fn tdp_mmu() -> bool {
     // SAFETY: a static key that C defines, true by default, which is what the branch's bias says.
-    !unsafe { kernel::jump_label::arch_static_branch!(rmmu_tdp_mmu_key, TdpMmuKey, key, true) }
+    !unsafe {
+        kernel::jump_label::arch_static_branch!(
+            bindings::rmmu_tdp_mmu_key,
+            bindings::rmmu_tdp_mmu_key,
+            key,
+            true
+        )
+    }
 }
 
 /// Whether each VM is audited when it ends: our parameter.

@@ -25,12 +25,11 @@ use crate::{
     },
 };
 use core::{
-    ffi::c_void,
     mem::{offset_of, size_of},
     ptr::{addr_of_mut, NonNull},
     sync::atomic::{AtomicU64, Ordering},
 };
-use kernel::{error::to_result, prelude::*};
+use kernel::{error::to_result, ffi::c_void, prelude::*};
 
 const _: () = assert!(size_of::<Page>() <= offset_of!(bindings::kvm_mmu_page, callback_head));
 const _: () = assert!(size_of::<bindings::kvm_rmap_head>() == size_of::<AtomicU64>());

@@ -2,15 +2,9 @@
 /*
  * Wrappers of inline functions and macros for the legacy MMU. See shadow_glue.h.
  */
-#include <linux/kvm_host.h>
-#include <linux/static_call.h>
 #include <linux/uaccess.h>
-#include "mmu.h"
-#include "mmu/mmu_internal.h"
-#include "mmu/page_track.h"
 #include "mmu/spte.h"
-#include "x86.h"
-#include "kvm_emulate.h"
+#include "calls.h"
 #include "glue.h"
 #include "shadow_glue.h"
 #include "walk.h"
@@ -27,11 +21,7 @@ u64 rmmu_guest_pdptr(struct kvm_vcpu *vcpu, struct kvm_mmu *mmu, int index) { re
 static_assert(!(KVM_POSSIBLE_CR4_GUEST_BITS & X86_CR4_PAE));
 bool rmmu_guest_pae(struct kvm_vcpu *vcpu) { return vcpu->arch.cr4 & X86_CR4_PAE; }
 
-DECLARE_STATIC_CALL(rmmu_call_kvm_get_rflags, kvm_get_rflags);
-
 bool rmmu_guest_ac(struct kvm_vcpu *vcpu) { return static_call(rmmu_call_kvm_get_rflags)(vcpu) & X86_EFLAGS_AC; }
-
-DECLARE_STATIC_CALL(rmmu_call___kvm_inject_emulated_page_fault, __kvm_inject_emulated_page_fault);
 
 void rmmu_inject_page_fault(struct kvm_vcpu *vcpu, u64 address, u64 error_code, bool nested, unsigned long qualification)
 {
@@ -47,8 +37,6 @@ void rmmu_inject_page_fault(struct kvm_vcpu *vcpu, u64 address, u64 error_code, 
 	static_call(rmmu_call___kvm_inject_emulated_page_fault)(vcpu, &fault, true);
 }
 
-DECLARE_STATIC_CALL(rmmu_x86_write_log_dirty, rmmu_vendor_write_log_dirty);
-
 /* Whether a nested hypervisor's log of dirty pages took @gpa. */
 bool rmmu_log_nested_dirty(struct kvm_vcpu *vcpu, gpa_t gpa)
 {
@@ -56,8 +44,6 @@ bool rmmu_log_nested_dirty(struct kvm_vcpu *vcpu, gpa_t gpa)
 }
 
 /* The guest's memory */
-
-DECLARE_STATIC_CALL(rmmu_call_kvm_vcpu_gfn_to_memslot, kvm_vcpu_gfn_to_memslot);
 
 /*
  * The address of a frame that the guest sees, 0 if there is none.
@@ -146,8 +132,6 @@ int rmmu_cmpxchg_entry(unsigned long hva, unsigned int bytes, u64 old, u64 new)
 
 /* Faults */
 
-DECLARE_STATIC_CALL(rmmu_x86_cache_reg, rmmu_vendor_cache_reg);
-
 unsigned long rmmu_rip(struct kvm_vcpu *vcpu)
 {
 	if (!kvm_register_is_available(vcpu, VCPU_REG_RIP))
@@ -189,9 +173,6 @@ void rmmu_set_shadow_root_allocated(struct kvm *kvm)
 
 void rmmu_slots_arch_lock(struct kvm *kvm) { mutex_lock(&kvm->slots_arch_lock); }
 void rmmu_slots_arch_unlock(struct kvm *kvm) { mutex_unlock(&kvm->slots_arch_lock); }
-
-DECLARE_STATIC_CALL(rmmu_call_memslot_rmap_alloc, memslot_rmap_alloc);
-DECLARE_STATIC_CALL(rmmu_call_kvm_page_track_write_tracking_alloc, kvm_page_track_write_tracking_alloc);
 
 /*
  * Reverse maps and counters of tracked writes for all slots that have none. What was allocated when it fails is used at the

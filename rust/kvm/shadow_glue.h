@@ -5,10 +5,6 @@
 
 #include <linux/kvm_host.h>
 
-/* Operations of the vendor module, each behind a static call. */
-void rmmu_vendor_cache_reg(struct kvm_vcpu *vcpu, enum kvm_reg reg);
-int rmmu_vendor_write_log_dirty(struct kvm_vcpu *vcpu, gpa_t gpa);
-
 /* The guest's paging */
 u64 rmmu_guest_pgd(struct kvm_vcpu *vcpu, struct kvm_mmu *mmu);
 u64 rmmu_guest_pdptr(struct kvm_vcpu *vcpu, struct kvm_mmu *mmu, int index);

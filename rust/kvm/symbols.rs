@@ -5,14 +5,8 @@
 //! KVM's exports are limited to its vendor modules, so linking to them is refused. `kallsyms_lookup_name()` is not
 //! exported either, but a kprobe on it tells its address; it then resolves everything else.
 
-use crate::kvm::bindings;
-use core::ffi::{c_char, c_void};
-use kernel::{error::to_result, prelude::*, str::CStr, str::CString};
-
-extern "C" {
-    #[link_name = "__SCT__rmmu_core_kallsyms_lookup_name"]
-    fn kallsyms_lookup_name(name: *const c_char) -> usize;
-}
+use crate::kvm::{bindings, calls::core_kernel};
+use kernel::{error::to_result, ffi::c_void, prelude::*, str::CStr, str::CString};
 
 /// A function that is reached through a static call.
 pub type Function = bindings::rmmu_function;
@@ -83,7 +77,7 @@ pub fn bind(function: &Function, address: usize) {
 /// Address of a symbol of the core kernel.
 pub fn lookup(name: &CStr) -> Option<usize> {
     // SAFETY: bound in `init`; a NULL static call returns what was in %rax otherwise, hence `init` comes first.
-    let address = unsafe { kallsyms_lookup_name(name.as_char_ptr().cast()) };
+    let address = unsafe { core_kernel::kallsyms_lookup_name(name.as_char_ptr()) };
     (address != 0).then_some(address)
 }
 

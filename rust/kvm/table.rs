@@ -8,7 +8,11 @@
 //! carries the table to its end.
 
 use crate::{
-    kvm::{bindings, shadow, vcpu::Vcpu},
+    kvm::{
+        bindings::{self, check_prototype},
+        shadow,
+        vcpu::Vcpu,
+    },
     mmu::{
         host::TableSource,
         role::Role,
@@ -18,11 +22,11 @@ use crate::{
     },
 };
 use core::{
-    ffi::c_void,
     mem::{offset_of, size_of},
     ptr::NonNull,
     sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering},
 };
+use kernel::ffi::c_void;
 
 const _: () = assert!(size_of::<Table>() <= offset_of!(bindings::kvm_mmu_page, callback_head));
 
@@ -178,8 +182,12 @@ pub(super) unsafe fn free_rcu(table: TablePtr) {
 }
 
 /// The grace period of a table, or of a shadow page, is over.
+///
+/// # Safety
+///
+/// `header` is what [`free_rcu`], or its like for shadow pages, handed to C, which calls this once for it.
 #[no_mangle]
-extern "C" fn rmmu_table_freed(header: *mut c_void) {
+unsafe extern "C" fn rmmu_table_freed(header: *mut c_void) {
     let Some(header) = NonNull::new(header) else {
         return;
     };
@@ -192,6 +200,7 @@ extern "C" fn rmmu_table_freed(header: *mut c_void) {
         }
     }
 }
+check_prototype!(rmmu_table_freed);
 
 /// The table of a root that a vCPU has loaded.
 ///

@@ -6,8 +6,8 @@ use crate::{
     kvm::{bindings, calls, slot::Slot, table, vm::Kvm},
     mmu::{role::Role, types::Gfn, types::Hpa, types::Level},
 };
-use core::{ffi::c_void, ptr::NonNull};
-use kernel::{error::to_result, prelude::*, types::Opaque};
+use core::ptr::NonNull;
+use kernel::{error::to_result, ffi::c_void, prelude::*, types::Opaque};
 
 /// A vCPU, held by this thread.
 #[repr(transparent)]

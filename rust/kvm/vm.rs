@@ -19,12 +19,21 @@ use crate::{
     },
     mmu::types::{Gfn, GfnRange},
 };
-use core::{ffi::c_void, ptr::addr_of_mut, sync::atomic::AtomicI64, sync::atomic::Ordering};
-use kernel::{error::to_result, prelude::*, str::CStr, types::Opaque};
+use core::{ptr::addr_of_mut, sync::atomic::AtomicI64, sync::atomic::Ordering};
+use kernel::{
+    error::to_result,
+    ffi::{c_char, c_void},
+    prelude::*,
+    str::CStr,
+    types::Opaque,
+};
 
 /// Its address marks VMs that are ours; its value means nothing. The stubs compare with it.
 #[no_mangle]
-pub static rmmu_owner_mark: u8 = 0;
+pub static rmmu_owner_mark: c_char = 0;
+
+// C's declaration of it has the same type.
+const _: *const c_char = &raw const bindings::rmmu_owner_mark;
 
 /// Takes a reference on this module.
 pub fn get_module() -> Result {

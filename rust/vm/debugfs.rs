@@ -8,7 +8,7 @@
 use super::{control::module_stats, Vm};
 use crate::{
     kvm::{
-        bindings,
+        bindings::{self, check_prototype},
         shadow::{root_kind, RootKind},
         symbols,
     },
@@ -20,11 +20,14 @@ use crate::{
         types::{Gfn, Level},
     },
 };
-use core::{
+use core::sync::atomic::{AtomicPtr, Ordering};
+use kernel::{
     ffi::{c_int, c_void},
-    sync::atomic::{AtomicPtr, Ordering},
+    prelude::*,
+    seq_file::SeqFile,
+    seq_print,
+    str::CString,
 };
-use kernel::{prelude::*, seq_file::SeqFile, seq_print, str::CString};
 
 /// Leaves looked at in one RCU section.
 const BATCH: usize = 512;
@@ -106,6 +109,7 @@ unsafe extern "C" fn rmmu_show_hooks(m: *mut bindings::seq_file) {
         seq_print!(m, "{}\n", symbols::name(function));
     }
 }
+check_prototype!(rmmu_show_hooks);
 
 /// The file `stats`.
 ///
@@ -120,6 +124,7 @@ unsafe extern "C" fn rmmu_show_stats(m: *mut bindings::seq_file) {
         seq_print!(m, "{} {}\n", name, value);
     }
 }
+check_prototype!(rmmu_show_stats);
 
 /// The file `owner`.
 ///
@@ -132,6 +137,7 @@ unsafe extern "C" fn rmmu_show_owner(m: *mut bindings::seq_file, _vm: *mut c_voi
     let m = unsafe { seq(m) };
     seq_print!(m, "rmmu\n");
 }
+check_prototype!(rmmu_show_owner);
 
 /// The file `audit`. Reading it audits the VM.
 ///
@@ -167,6 +173,7 @@ unsafe extern "C" fn rmmu_show_audit(m: *mut bindings::seq_file, data: *mut c_vo
         );
     }
 }
+check_prototype!(rmmu_show_audit);
 
 /// The file `pages`.
 ///
@@ -181,6 +188,7 @@ unsafe extern "C" fn rmmu_show_pages(m: *mut bindings::seq_file, data: *mut c_vo
         seq_print!(m, "{} {}\n", name, vm.kvm.pages(level));
     }
 }
+check_prototype!(rmmu_show_pages);
 
 /// The file `tables`.
 ///
@@ -200,6 +208,7 @@ unsafe extern "C" fn rmmu_show_tables(m: *mut bindings::seq_file, data: *mut c_v
     seq_print!(m, "tables {}\n", vm.tables.load(Ordering::Relaxed));
     seq_print!(m, "roots {}\n", roots);
 }
+check_prototype!(rmmu_show_tables);
 
 /// The file `faults`.
 ///
@@ -214,6 +223,7 @@ unsafe extern "C" fn rmmu_show_faults(m: *mut bindings::seq_file, data: *mut c_v
         seq_print!(m, "{} {}\n", name, value);
     }
 }
+check_prototype!(rmmu_show_faults);
 
 /// The file `shadow`.
 ///
@@ -236,6 +246,7 @@ unsafe extern "C" fn rmmu_show_shadow(m: *mut bindings::seq_file, data: *mut c_v
         seq_print!(m, "{} {}\n", name, value);
     }
 }
+check_prototype!(rmmu_show_shadow);
 
 /// The file `fault_around_bytes`, when it is read.
 ///
@@ -247,6 +258,7 @@ unsafe extern "C" fn rmmu_get_fault_around_bytes(data: *mut c_void) -> u64 {
     // SAFETY: called by debugfs.
     unsafe { vm(data) }.around.bytes()
 }
+check_prototype!(rmmu_get_fault_around_bytes);
 
 /// The file `fault_around_bytes`, when it is written.
 ///
@@ -261,6 +273,7 @@ unsafe extern "C" fn rmmu_set_fault_around_bytes(data: *mut c_void, bytes: u64) 
         Err(error) => error.to_errno(),
     }
 }
+check_prototype!(rmmu_set_fault_around_bytes);
 
 /// The file `fault_around`.
 ///
@@ -296,6 +309,7 @@ unsafe extern "C" fn rmmu_show_fault_around(m: *mut bindings::seq_file, data: *m
     }
     seq_print!(m, "\n");
 }
+check_prototype!(rmmu_show_fault_around);
 
 /// Neighbouring leaves of one level and one set of permissions.
 struct Run {
@@ -487,3 +501,4 @@ unsafe extern "C" fn rmmu_show_page_table(m: *mut bindings::seq_file, data: *mut
     }
     print_shadow_roots(m, vm);
 }
+check_prototype!(rmmu_show_page_table);

@@ -21,11 +21,8 @@ use crate::{
         types::{Gfn, Level, PAGE_SHIFT},
     },
 };
-use core::{
-    ffi::c_void,
-    sync::atomic::{AtomicU64, Ordering},
-};
-use kernel::prelude::*;
+use core::sync::atomic::{AtomicU64, Ordering};
+use kernel::{ffi::c_void, prelude::*};
 
 /// What KVM's callers understand: RET_PF_RETRY (enter the guest again), RET_PF_EMULATE, ….
 mod ret {

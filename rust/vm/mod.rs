@@ -33,7 +33,7 @@ mod tdp;
 
 use crate::{
     kvm::{
-        bindings,
+        bindings::{self, check_prototype},
         host::KvmHost,
         page, param,
         shadow::{free_buckets, ShadowStats},
@@ -352,19 +352,29 @@ pub fn set_tdp_mmu(on: bool) -> Result {
 }
 
 /// Whether `fault_around_bytes` can have that value, for its setter in C.
+///
+/// # Safety
+///
+/// None is needed: C declares it, and what C declares is unsafe.
 #[no_mangle]
-extern "C" fn rmmu_valid_fault_around_bytes(bytes: u64) -> bool {
+unsafe extern "C" fn rmmu_valid_fault_around_bytes(bytes: u64) -> bool {
     around::valid_bytes(bytes)
 }
+check_prototype!(rmmu_valid_fault_around_bytes);
 
 /// The parameter's setter, called by its C part.
+///
+/// # Safety
+///
+/// Process context.
 #[no_mangle]
-extern "C" fn rmmu_set_tdp_mmu(on: bool) -> core::ffi::c_int {
+unsafe extern "C" fn rmmu_set_tdp_mmu(on: bool) -> kernel::ffi::c_int {
     match set_tdp_mmu(on) {
         Ok(()) => 0,
         Err(error) => error.to_errno(),
     }
 }
+check_prototype!(rmmu_set_tdp_mmu);
 
 impl Vm {
     /// The VM as the engine sees it.
