@@ -33,7 +33,7 @@ use kernel::{
 };
 
 /// Size of the patched instruction at a function's entry.
-const PATCH_SIZE: usize = 5;
+const PATCH_SIZE: usize = bindings::MCOUNT_INSN_SIZE as usize;
 /// ftrace's mark of an address that is to be jumped to, not called.
 const FTRACE_JMP: usize = 1;
 /// 2^6 buckets for some forty functions.
@@ -112,7 +112,7 @@ unsafe impl Sync for Notifier {}
 
 static NOTIFIER: Notifier = Notifier(UnsafeCell::new(MaybeUninit::zeroed()));
 
-const NOTIFY_OK: c_int = 1;
+const NOTIFY_OK: c_int = bindings::NOTIFY_OK as c_int;
 const KVM_MODULE: &CStr = c"kvm";
 
 /// Finds an entry's patch site and points its static call past it.

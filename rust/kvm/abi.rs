@@ -6,11 +6,14 @@
 //! of each field we use, and the prototype of each function we hook or call, with the BTF of the running kernel and of
 //! the kvm.ko that is loaded.
 
-use crate::kvm::{
-    bindings,
-    btf::{self, Bits, Btf, Expected, Field, Layout, Mismatch, Wanted},
-    calls::core_kernel,
-    symbols,
+use crate::{
+    kvm::{
+        bindings,
+        btf::{self, Bits, Btf, Expected, Field, Layout, Mismatch, Wanted},
+        calls::core_kernel,
+        symbols,
+    },
+    mmu::{role::Role, shadow::role},
 };
 use core::{
     mem::{offset_of, size_of},
@@ -20,7 +23,6 @@ use kernel::{prelude::*, str::CStr};
 
 /// A function that only kvm.ko has: whose BTF has it is kvm.ko's.
 const KVM_FUNCTION: &CStr = c"kvm_mmu_page_fault";
-const BTF_KIND_FUNC: u32 = 12;
 
 /// The size of what a function's result points to: of a field, for a function that gives the field's address.
 const fn pointee<T, F>(_: fn(*const T) -> *const F) -> usize {
@@ -98,7 +100,8 @@ static LAYOUTS: &[Layout] = layouts! {
     kvm_mmu_page_role { word }
         [kvm_mmu_page_role__bindgen_ty_1]: level by set_level, has_4_byte_gpte by set_has_4_byte_gpte, direct by set_direct,
             access by set_access, ad_disabled by set_ad_disabled, guest_mode by set_guest_mode, smm by set_smm,
-            cr0_wp by set_cr0_wp, cr4_smep by set_cr4_smep;
+            cr0_wp by set_cr0_wp, cr4_smep by set_cr4_smep,
+            quadrant by set_quadrant, invalid by set_invalid, passthrough by set_passthrough;
     kvm_cpu_role { __bindgen_anon_1.base, __bindgen_anon_1.ext }
     kvm_mmu_extended_role { word }
         [kvm_mmu_extended_role__bindgen_ty_1]: cr4_smap by set_cr4_smap, cr4_pse by set_cr4_pse,
@@ -184,7 +187,11 @@ impl Loaded {
         let mut found = core::ptr::null_mut();
         // SAFETY: the name is a string; on success `found` is a BTF with a reference that is ours.
         let id = unsafe {
-            bindings::bpf_find_btf_id(KVM_FUNCTION.as_char_ptr(), BTF_KIND_FUNC, &mut found)
+            bindings::bpf_find_btf_id(
+                KVM_FUNCTION.as_char_ptr(),
+                bindings::BTF_KIND_FUNC,
+                &mut found,
+            )
         };
         match NonNull::new(found) {
             Some(btf) if id > 0 => Ok(Self(btf)),
@@ -239,6 +246,32 @@ fn kernel_blob() -> Result<&'static [u8]> {
     Ok(unsafe { core::slice::from_raw_parts(start as *const u8, stop.saturating_sub(start)) })
 }
 
+/// Whether the fields of a role are where the engine has them in its word.
+fn roles_fit() -> bool {
+    macro_rules! field {
+        ($set:ident) => {
+            mask::<bindings::kvm_mmu_page_role__bindgen_ty_1>(|all| all.$set(!0))
+        };
+    }
+    [
+        (field!(set_level), role::LEVEL),
+        (field!(set_has_4_byte_gpte), role::SMALL_ENTRIES),
+        (field!(set_quadrant), role::QUADRANT),
+        (field!(set_direct), role::DIRECT),
+        (field!(set_access), role::ACCESS),
+        (field!(set_invalid), role::INVALID),
+        (field!(set_ad_disabled), role::AD_DISABLED),
+        (field!(set_guest_mode), role::GUEST_MODE),
+        (field!(set_passthrough), role::PASSTHROUGH),
+        (field!(set_smm), 0xff << role::SMM_SHIFT),
+    ]
+    .into_iter()
+    .all(|(kvm, ours)| kvm == u64::from(ours))
+}
+
+// The two engines have the same.
+const _: () = assert!(Role::INVALID == role::INVALID && Role::LEVEL == role::LEVEL);
+
 fn unreadable(which: &str) -> Error {
     pr_err!("the BTF of {} cannot be read\n", which);
     ENOEXEC
@@ -253,6 +286,10 @@ fn marks(blob: &[u8], which: &str) -> Result<KVVec<u32>> {
 /// Compares the running kernel and its kvm.ko, which must be loaded, with what the module was compiled for. On a
 /// difference says which, and fails.
 pub fn check() -> Result {
+    if !roles_fit() {
+        pr_err!("the fields of union kvm_mmu_page_role are not where rmmu has them\n");
+        return Err(ENOEXEC);
+    }
     let blob = kernel_blob()?;
     let mut room = marks(blob, "the kernel")?;
     let kernel = Btf::new(blob, None, &mut room).map_err(|_| unreadable("the kernel"))?;

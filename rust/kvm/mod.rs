@@ -10,6 +10,7 @@ pub mod audit;
 pub mod bindings;
 pub mod btf;
 pub mod calls;
+mod constants;
 pub mod device;
 pub mod host;
 pub mod lock;

@@ -52,11 +52,11 @@ pub struct Lookup {
     pub nowait: bool,
 }
 
-/// Error bits of a pfn that is none: bits 52 to 62.
-const PFN_ERROR: u64 = 0x7ff << 52;
+/// What a pfn that is none has set some of.
+const NO_PFN: u64 = bindings::KVM_PFN_ERR_NOSLOT_MASK as u64;
 
 /// KVM's word for "no slot, so no frame", in its events.
-pub const NO_SLOT: Pfn = Pfn(1 << 63);
+pub const NO_SLOT: Pfn = Pfn(bindings::KVM_PFN_NOSLOT as u64);
 
 impl HostPage {
     /// Looks up, and if need be faults in, the host's page behind `gfn`. Sleeps.
@@ -76,13 +76,12 @@ impl HostPage {
         let pfn = unsafe {
             calls::__kvm_faultin_pfn(slot.as_ptr(), gfn.0, flags, &mut writable, &mut page)
         };
-        if pfn & PFN_ERROR != 0 || pfn >> 63 != 0 {
-            return Err(match pfn & 0xf {
-                // The error numbers of kvm_host.h: FAULT 0, HWPOISON 1, RO_FAULT 2, SIGPENDING 3, NEEDS_IO 4.
-                1 => NoPage::Poisoned,
-                2 => NoPage::ReadOnly,
-                3 => NoPage::Signal,
-                4 => NoPage::NeedsIo,
+        if pfn & NO_PFN != 0 {
+            return Err(match pfn {
+                bindings::KVM_PFN_ERR_HWPOISON => NoPage::Poisoned,
+                bindings::KVM_PFN_ERR_RO_FAULT => NoPage::ReadOnly,
+                bindings::KVM_PFN_ERR_SIGPENDING => NoPage::Signal,
+                bindings::KVM_PFN_ERR_NEEDS_IO => NoPage::NeedsIo,
                 _ => NoPage::Error(EFAULT.to_errno()),
             });
         }

@@ -37,13 +37,13 @@ const _: () = assert!(size_of::<bindings::kvm_rmap_head>() == size_of::<AtomicU6
 /// Entries that are prefetched together.
 const PREFETCH: usize = 8;
 /// What one fault can need: the entry's own, one for each level's parent, and those of prefetched entries.
-const DESCS: i32 = 1 + 5 + PREFETCH as i32;
+const DESCS: i32 = 1 + TABLES + PREFETCH as i32;
 /// Tables of one fault.
-const TABLES: i32 = 5;
+const TABLES: i32 = bindings::PT64_ROOT_MAX_LEVEL as i32;
 /// Descriptors to split one huge page: each of its entries, and the table's parent.
-const SPLIT_DESCS: i32 = 513;
-/// What KVM caches by default (`KVM_ARCH_NR_OBJS_PER_MEMORY_CACHE`).
-const DEFAULT_CAPACITY: i32 = 40;
+const SPLIT_DESCS: i32 = ENTRIES as i32 + 1;
+/// What KVM caches by default.
+const DEFAULT_CAPACITY: i32 = bindings::KVM_ARCH_NR_OBJS_PER_MEMORY_CACHE as i32;
 
 /// Counts of what KVM's statistics do not have.
 #[derive(Default)]

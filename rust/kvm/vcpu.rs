@@ -22,15 +22,15 @@ pub struct Mmu(Opaque<bindings::kvm_mmu>);
 pub struct RootSet(pub u64);
 
 /// KVM's `INVALID_PAGE`.
-const INVALID_PAGE: u64 = u64::MAX;
+const INVALID_PAGE: u64 = bindings::RMMU_INVALID_PAGE as u64;
 
 impl RootSet {
     /// The root in use and all previous ones.
     pub const ALL: RootSet = RootSet(u64::MAX);
     /// The root in use.
-    pub const IN_USE: RootSet = RootSet(1);
+    pub const IN_USE: RootSet = RootSet(bindings::RMMU_KVM_MMU_ROOT_CURRENT);
     /// The previous ones.
-    pub const PREVIOUS: RootSet = RootSet(u64::MAX - 1);
+    pub const PREVIOUS: RootSet = RootSet(!Self::IN_USE.0);
 
     /// Whether a root is in the set: number 0 is the one in use.
     pub fn has(self, bit: u32) -> bool {
@@ -311,7 +311,7 @@ impl Vcpu {
     /// Fills the caches that tables of one fault come from. Sleeps.
     pub fn topup_table_caches(&self) -> Result {
         /// Tables between a root and a 4K entry, and a root.
-        const TABLES: i32 = 5;
+        const TABLES: i32 = bindings::PT64_ROOT_MAX_LEVEL as i32;
         // SAFETY: the caches are this thread's.
         unsafe {
             let arch = &raw mut (*self.as_ptr()).arch;

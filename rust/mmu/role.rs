@@ -29,7 +29,7 @@ impl Role {
     /// The bit of the word that says that a root must not be used any more.
     pub const INVALID: u32 = 1 << 12;
     /// The bits of the word that are the level.
-    const LEVEL: u32 = 0xf;
+    pub(crate) const LEVEL: u32 = 0xf;
 
     /// The role of a table of this level in the same tree.
     #[inline]

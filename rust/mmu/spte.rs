@@ -25,36 +25,36 @@
 
 use crate::mmu::types::{Gfn, Hpa, Level, Pfn, ACC_EXEC, ACC_READ, ACC_USER, ACC_WRITE, ENTRIES};
 
-const HW_PRESENT: u64 = 1 << 0;
-const WRITABLE: u64 = 1 << 1;
-const LARGE: u64 = 1 << 7;
-const MMU_PRESENT: u64 = 1 << 11;
-const SUPPRESS_VE: u64 = 1 << 63;
+pub(crate) const HW_PRESENT: u64 = 1 << 0;
+pub(crate) const WRITABLE: u64 = 1 << 1;
+pub(crate) const LARGE: u64 = 1 << 7;
+pub(crate) const MMU_PRESENT: u64 = 1 << 11;
+pub(crate) const SUPPRESS_VE: u64 = 1 << 63;
 
 const AHEAD: u64 = 1 << 56;
 
-const AD_MASK: u64 = 3 << 60;
-const AD_DISABLED: u64 = 1 << 60;
-const AD_WRITE_PROTECT_ONLY: u64 = 2 << 60;
+pub(crate) const AD_MASK: u64 = 3 << 60;
+pub(crate) const AD_DISABLED: u64 = 1 << 60;
+pub(crate) const AD_WRITE_PROTECT_ONLY: u64 = 2 << 60;
 
 /// EPT's read, execute and user-execute: what an inaccessible entry remembers.
-const TRACK_SAVED: u64 = 1 << 0 | 1 << 2 | 1 << 10;
-const TRACK_SHIFT: u32 = 52;
+pub(crate) const TRACK_SAVED: u64 = 1 << 0 | 1 << 2 | 1 << 10;
+pub(crate) const TRACK_SHIFT: u32 = 52;
 
 /// EPT's memory type, and "ignore PAT".
-const EPT_MEMTYPE: u64 = 0xf << 3;
+pub(crate) const EPT_MEMTYPE: u64 = 0xf << 3;
 
-const EPT_EXECUTE: u64 = 1 << 2;
-const EPT_USER_EXECUTE: u64 = 1 << 10;
+pub(crate) const EPT_EXECUTE: u64 = 1 << 2;
+pub(crate) const EPT_USER_EXECUTE: u64 = 1 << 10;
 
 /// An MMIO entry keeps bits 0-6 of the generation in bits 3-9, and 7-17 in 52-62.
-const GEN_LOW_MASK: u64 = 0x7f << 3;
-const GEN_LOW_SHIFT: u32 = 3;
-const GEN_HIGH_MASK: u64 = 0x7ff << 52;
-const GEN_HIGH_SHIFT: u32 = 45;
+pub(crate) const GEN_LOW_MASK: u64 = 0x7f << 3;
+pub(crate) const GEN_LOW_SHIFT: u32 = 3;
+pub(crate) const GEN_HIGH_MASK: u64 = 0x7ff << 52;
+pub(crate) const GEN_HIGH_SHIFT: u32 = 45;
 
 /// How far address bits that the L1TF mitigation occupies are moved up.
-const NONPRESENT_GFN_SHIFT: u32 = 5;
+pub(crate) const NONPRESENT_GFN_SHIFT: u32 = 5;
 
 /// The format of entries: hardware's bits, KVM's choice of software bits, and
 /// what of it must be zero.

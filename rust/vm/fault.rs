@@ -7,7 +7,10 @@
 //! page the host or the slot does not let the guest write, and an access to no slot at all, is emulated.
 
 use super::{shadow::AfterProtection, Vm};
-use crate::kvm::bindings::{EMULTYPE_ALLOW_RETRY_PF, EMULTYPE_PF, EMULTYPE_WRITE_PF_TO_SP};
+use crate::kvm::bindings::{
+    EMULTYPE_ALLOW_RETRY_PF, EMULTYPE_PF, EMULTYPE_WRITE_PF_TO_SP,
+    RMMU_KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS,
+};
 use crate::{
     kvm::{
         param,
@@ -34,16 +37,18 @@ mod ret {
     pub(super) const SPURIOUS: i32 = RET_PF_SPURIOUS as i32;
 }
 
-/// The generation of the slots is about to change (`KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS`).
-const UPDATE_IN_PROGRESS: u64 = 1 << 63;
+/// The generation of the slots is about to change.
+const UPDATE_IN_PROGRESS: u64 = RMMU_KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS as u64;
 
 /// Error codes of stage-2 faults (AMD APM volume 2, 15.25.6; KVM translates those of EPT into them).
 pub(super) mod pferr {
-    pub(in crate::vm) const PRESENT: u64 = 1 << 0;
-    pub(in crate::vm) const WRITE: u64 = 1 << 1;
-    pub(in crate::vm) const RSVD: u64 = 1 << 3;
-    pub(in crate::vm) const FETCH: u64 = 1 << 4;
-    pub(in crate::vm) const GUEST_FINAL: u64 = 1 << 32;
+    use crate::kvm::bindings::*;
+
+    pub(in crate::vm) const PRESENT: u64 = RMMU_PFERR_PRESENT_MASK;
+    pub(in crate::vm) const WRITE: u64 = RMMU_PFERR_WRITE_MASK;
+    pub(in crate::vm) const RSVD: u64 = RMMU_PFERR_RSVD_MASK;
+    pub(in crate::vm) const FETCH: u64 = RMMU_PFERR_FETCH_MASK;
+    pub(in crate::vm) const GUEST_FINAL: u64 = RMMU_PFERR_GUEST_FINAL_MASK;
 }
 
 /// A fault, decoded.

@@ -160,7 +160,7 @@ impl<T: Through> List<T> {
 
 /// How many buckets the hash table has.
 const BUCKETS: usize = 1 << BUCKETS_SHIFT;
-const BUCKETS_SHIFT: u32 = 12;
+pub(crate) const BUCKETS_SHIFT: u32 = 12;
 
 /// The hash table of a VM's pages, by frame number. Zeroes are an empty one.
 #[repr(transparent)]

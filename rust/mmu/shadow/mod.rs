@@ -91,7 +91,7 @@ pub mod list;
 mod nx;
 pub mod page;
 mod prefetch;
-mod reclaim;
+pub(crate) mod reclaim;
 pub mod rmap;
 pub mod role;
 mod roots;

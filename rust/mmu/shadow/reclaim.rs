@@ -9,9 +9,9 @@ use super::{
 use crate::mmu::sync::{atomic::Ordering, MmuWrite};
 
 /// A fault finds so many pages free, or room is made.
-pub(super) const MIN_FREE: u64 = 5;
+pub(crate) const MIN_FREE: u64 = 5;
 /// So many are free then.
-const REFILL: u64 = 25;
+pub(crate) const REFILL: u64 = 25;
 
 /// The quota of pages is used up, and nothing could be zapped.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -12,18 +12,18 @@ use crate::mmu::{
     types::{Level, ACC_ALL},
 };
 
-const LEVEL: u32 = 0xf;
-const SMALL_ENTRIES: u32 = 1 << 4;
+pub(crate) const LEVEL: u32 = 0xf;
+pub(crate) const SMALL_ENTRIES: u32 = 1 << 4;
 const QUADRANT_SHIFT: u32 = 5;
-const QUADRANT: u32 = 3 << QUADRANT_SHIFT;
-const DIRECT: u32 = 1 << 7;
+pub(crate) const QUADRANT: u32 = 3 << QUADRANT_SHIFT;
+pub(crate) const DIRECT: u32 = 1 << 7;
 const ACCESS_SHIFT: u32 = 8;
-const ACCESS: u32 = (ACC_ALL as u32) << ACCESS_SHIFT;
-const INVALID: u32 = 1 << 12;
-const AD_DISABLED: u32 = 1 << 16;
-const GUEST_MODE: u32 = 1 << 17;
-const PASSTHROUGH: u32 = 1 << 18;
-const SMM_SHIFT: u32 = 24;
+pub(crate) const ACCESS: u32 = (ACC_ALL as u32) << ACCESS_SHIFT;
+pub(crate) const INVALID: u32 = 1 << 12;
+pub(crate) const AD_DISABLED: u32 = 1 << 16;
+pub(crate) const GUEST_MODE: u32 = 1 << 17;
+pub(crate) const PASSTHROUGH: u32 = 1 << 18;
+pub(crate) const SMM_SHIFT: u32 = 24;
 
 /// KVM's `union kvm_mmu_page_role`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
