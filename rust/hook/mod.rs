@@ -18,18 +18,14 @@ use crate::{
     kvm::{abi, bindings, calls::core_kernel, param, symbols, trace},
     vm,
 };
-use core::{
-    cell::UnsafeCell,
-    mem::MaybeUninit,
-    ptr,
-    sync::atomic::{AtomicBool, Ordering},
-};
+use core::{cell::UnsafeCell, mem::MaybeUninit, ptr};
 use kernel::{
     error::to_result,
     ffi::{c_int, c_void},
     pr_err_once,
     prelude::*,
     str::{CStr, CString},
+    sync::atomic::{Acquire, Atomic, Release},
 };
 
 /// Size of the patched instruction at a function's entry.
@@ -87,11 +83,11 @@ struct Patch {
 }
 
 /// All hooks are in place. While they are put in and taken out, some are there and others not: no VM becomes ours then.
-static COMPLETE: AtomicBool = AtomicBool::new(false);
+static COMPLETE: Atomic<bool> = Atomic::new(false);
 
 /// Whether a VM may become ours.
 pub fn complete() -> bool {
-    COMPLETE.load(Ordering::Acquire)
+    COMPLETE.load(Acquire)
 }
 
 /// What is attached.
@@ -262,7 +258,7 @@ fn attach() -> Result {
     }
     pr_info!("hooked {} entry points of kvm.ko\n", patches.len());
     state.patches = Some(patches);
-    COMPLETE.store(true, Ordering::Release);
+    COMPLETE.store(true, Release);
     Ok(())
 }
 
@@ -272,7 +268,7 @@ fn detach() {
     let Some(patches) = state.patches.take() else {
         return;
     };
-    COMPLETE.store(false, Ordering::Release);
+    COMPLETE.store(false, Release);
     remove(&patches);
     pr_info!("unhooked kvm.ko\n");
 }

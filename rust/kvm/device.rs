@@ -5,15 +5,13 @@
 //! The kernel crate's registration leaves the file operations without an owner, so a module whose device is open could be
 //! unloaded under its users. This registers the same device, with the same operations, and with the module as their owner.
 
-use core::{
-    marker::PhantomData,
-    sync::atomic::{AtomicBool, Ordering},
-};
+use core::marker::PhantomData;
 use kernel::{
     bindings,
     error::to_result,
     miscdevice::{MiscDevice, MiscDeviceOptions},
     prelude::*,
+    sync::atomic::{Atomic, Relaxed},
     types::Opaque,
 };
 
@@ -28,7 +26,7 @@ pub struct OwnedMiscDevice<T> {
     misc: Opaque<bindings::miscdevice>,
     #[pin]
     operations: Opaque<bindings::file_operations>,
-    registered: AtomicBool,
+    registered: Atomic<bool>,
     of: PhantomData<T>,
 }
 
@@ -48,7 +46,7 @@ impl<T: MiscDevice> OwnedMiscDevice<T> {
             pin_init!(Self {
                 misc <- Opaque::zeroed(),
                 operations <- Opaque::zeroed(),
-                registered: AtomicBool::new(false),
+                registered: Atomic::new(false),
                 of: PhantomData,
             }),
             GFP_KERNEL,
@@ -66,7 +64,7 @@ impl<T: MiscDevice> OwnedMiscDevice<T> {
             to_result(bindings::misc_register(misc))
         };
         done?;
-        device.registered.store(true, Ordering::Relaxed);
+        device.registered.store(true, Relaxed);
         Ok(device)
     }
 }
@@ -74,7 +72,7 @@ impl<T: MiscDevice> OwnedMiscDevice<T> {
 #[pinned_drop]
 impl<T> PinnedDrop for OwnedMiscDevice<T> {
     fn drop(self: Pin<&mut Self>) {
-        if self.registered.load(Ordering::Relaxed) {
+        if self.registered.load(Relaxed) {
             // SAFETY: registered, by the type's invariant. No file is open, because each holds the module.
             unsafe { bindings::misc_deregister(self.misc.get()) }
         }

@@ -9,16 +9,16 @@ use crate::{
     mmu::{
         host::{Event, Host},
         spte::SpteFormat,
-        sync::{MmuRead, MmuWrite},
+        sync::{
+            atomic::{AtomicI64, AtomicU64, Ordering},
+            MmuRead, MmuWrite,
+        },
         table::{Entries, TablePtr},
         tdp::Tdp,
         types::{Gfn, GfnRange, Hpa, Level},
     },
 };
-use core::{
-    ptr::NonNull,
-    sync::atomic::{AtomicI64, AtomicU64, Ordering},
-};
+use core::ptr::NonNull;
 use kernel::prelude::*;
 
 /// What became of pages that were mapped ahead.

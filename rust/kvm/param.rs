@@ -6,10 +6,10 @@ use crate::{
     kvm::{bindings, symbols, table, vm::Kvm},
     mmu::{
         spte::SpteFormat,
+        sync::atomic::{AtomicPtr, AtomicUsize, Ordering},
         types::{Gfn, Level},
     },
 };
-use core::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 use kernel::prelude::*;
 use pin_init::Zeroable;
 

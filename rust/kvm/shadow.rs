@@ -19,7 +19,10 @@ use crate::{
             PageSource, ShadowHost, ShadowVcpu, SplitCaches, Translations, KIND_SHADOW,
         },
         spte::Spte,
-        sync::{Flush, MmuWrite},
+        sync::{
+            atomic::{AtomicU64, Ordering},
+            Flush, MmuWrite,
+        },
         table::{offset, Entries, ENTRIES},
         types::{Gfn, GfnRange, Hpa, Level, Pfn, PAGE_SHIFT},
     },
@@ -27,7 +30,6 @@ use crate::{
 use core::{
     mem::{offset_of, size_of},
     ptr::{addr_of_mut, NonNull},
-    sync::atomic::{AtomicU64, Ordering},
 };
 use kernel::{error::to_result, ffi::c_void, prelude::*};
 

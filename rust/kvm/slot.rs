@@ -4,9 +4,11 @@
 
 use crate::{
     kvm::{bindings, calls, vm::Kvm},
-    mmu::types::{Gfn, GfnRange, Level, PAGE_SHIFT},
+    mmu::{
+        sync::atomic::AtomicU64,
+        types::{Gfn, GfnRange, Level, PAGE_SHIFT},
+    },
 };
-use core::sync::atomic::AtomicU64;
 use kernel::types::Opaque;
 
 /// A memory slot, protected by KVM's SRCU or slots_lock for as long as a handler runs.

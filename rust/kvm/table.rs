@@ -17,6 +17,7 @@ use crate::{
         host::TableSource,
         role::Role,
         shadow::PagePtr,
+        sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering},
         table::{offset, Entries, Table, TablePtr, KIND_TDP},
         types::{Hpa, PAGE_SHIFT},
     },
@@ -24,7 +25,6 @@ use crate::{
 use core::{
     mem::{offset_of, size_of},
     ptr::NonNull,
-    sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering},
 };
 use kernel::ffi::c_void;
 

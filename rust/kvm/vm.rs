@@ -17,9 +17,12 @@ use crate::{
         lock::{HeldLock, ReadGuard, WriteGuard},
         slot::Slot,
     },
-    mmu::types::{Gfn, GfnRange},
+    mmu::{
+        sync::atomic::{smp_rmb, AtomicI64, Ordering},
+        types::{Gfn, GfnRange},
+    },
 };
-use core::{ptr::addr_of_mut, sync::atomic::AtomicI64, sync::atomic::Ordering};
+use core::ptr::addr_of_mut;
 use kernel::{
     error::to_result,
     ffi::{c_char, c_void},
@@ -188,8 +191,8 @@ impl Kvm {
         // SAFETY: a plain word that others write under mmu_lock; read once.
         let seq =
             unsafe { core::ptr::read_volatile(&raw const (*self.as_ptr()).mmu_invalidate_seq) };
-        // The pfn is looked up after the number: see mmu_invalidate_retry_gfn().
-        core::sync::atomic::fence(Ordering::Acquire);
+        // The pfn is looked up after the number: pairs with the smp_wmb() of kvm_mmu_invalidate_end().
+        smp_rmb();
         seq as usize
     }
 

@@ -11,20 +11,10 @@
 //! has not been done. It must be spent before the lock drops and before the RCU
 //! section ends if a table was unlinked.
 
+pub mod atomic;
+
 use crate::mmu::host::Host;
 use core::marker::PhantomData;
-
-/// Atomics of the engine, in one place so that loom, a model checker, can replace them.
-pub mod atomic {
-    #[cfg(not(feature = "loom"))]
-    pub use core::sync::atomic::{
-        fence, AtomicBool, AtomicPtr, AtomicU16, AtomicU32, AtomicU64, AtomicU8, Ordering,
-    };
-    #[cfg(feature = "loom")]
-    pub use loom::sync::atomic::{
-        fence, AtomicBool, AtomicPtr, AtomicU16, AtomicU32, AtomicU64, AtomicU8, Ordering,
-    };
-}
 
 /// Cells of which locks are in charge. Loom's notice when two threads use one at a time.
 pub mod cell {

@@ -25,13 +25,15 @@ use crate::{
         param, Slot, Vcpu,
     },
     mmu::{
-        sync::MmuRead,
+        sync::{
+            atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
+            MmuRead,
+        },
         table::TablePtr,
         tdp::{Around as AroundPages, Neighbour},
         types::{Gfn, GfnRange, PAGE_SHIFT},
     },
 };
-use core::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use kernel::prelude::*;
 
 /// vCPUs whose number is the same modulo this share what they learn.

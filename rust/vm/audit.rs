@@ -9,9 +9,9 @@ use super::{Vm, STATS};
 use crate::mmu::{
     audit::{Audit, Finding, Looked},
     shadow::ShadowedFrames,
+    sync::atomic::{AtomicU64, Ordering},
     types::{Gfn, GfnRange},
 };
-use core::sync::atomic::{AtomicU64, Ordering};
 use kernel::prelude::*;
 
 /// Findings that are kept; there may be more.

@@ -10,8 +10,11 @@
 //! holds it, and so no VM goes while something of it is looked at.
 
 use super::{Vm, STATS};
-use crate::kvm::{device::OwnedMiscDevice, table};
-use core::{fmt::Write, ptr::NonNull, sync::atomic::Ordering};
+use crate::{
+    kvm::{device::OwnedMiscDevice, table},
+    mmu::sync::atomic::{AtomicU64, Ordering},
+};
+use core::{fmt::Write, ptr::NonNull};
 use kernel::{
     fs::{File, Kiocb},
     iov::{IovIterDest, IovIterSource},
@@ -90,7 +93,7 @@ fn count_of(counter: i64) -> u64 {
 
 /// Counters of the module, under the names that they have here and in debugfs.
 pub(super) fn module_stats() -> [(&'static str, u64); 8] {
-    let count = |counter: &core::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+    let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
     [
         ("vms_owned", count(&STATS.owned)),
         ("vms_owned_total", count(&STATS.owned_total)),

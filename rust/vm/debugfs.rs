@@ -16,17 +16,18 @@ use crate::{
         role::Role,
         shadow::Root,
         spte::Spte,
+        sync::atomic::Ordering,
         table::TablePtr,
         types::{Gfn, Level},
     },
 };
-use core::sync::atomic::{AtomicPtr, Ordering};
 use kernel::{
     ffi::{c_int, c_void},
     prelude::*,
     seq_file::SeqFile,
     seq_print,
     str::CString,
+    sync::atomic::{Atomic, Relaxed},
 };
 
 /// Leaves looked at in one RCU section.
@@ -35,11 +36,11 @@ const BATCH: usize = 512;
 const MAX_SHADOW_LEAVES: u32 = 4096;
 
 /// A VM's directory.
-pub(super) struct VmDir(AtomicPtr<bindings::dentry>);
+pub(super) struct VmDir(Atomic<*mut bindings::dentry>);
 
 impl VmDir {
     pub(super) const fn new() -> Self {
-        VmDir(AtomicPtr::new(core::ptr::null_mut()))
+        VmDir(Atomic::new(core::ptr::null_mut()))
     }
 
     /// Makes the directory; without it the VM works as well.
@@ -55,12 +56,12 @@ impl VmDir {
                 core::ptr::from_ref(vm).cast_mut().cast(),
             )
         };
-        self.0.store(dir, Ordering::Relaxed);
+        self.0.store(dir, Relaxed);
     }
 
     /// Removes it and waits for whoever reads in it.
     pub(super) fn remove(&self) {
-        let dir = self.0.swap(core::ptr::null_mut(), Ordering::Relaxed);
+        let dir = self.0.xchg(core::ptr::null_mut(), Relaxed);
         if !dir.is_null() {
             // SAFETY: made by `create`.
             unsafe { bindings::rmmu_debugfs_del_vm(dir) }

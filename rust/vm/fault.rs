@@ -20,11 +20,11 @@ use crate::{
     },
     mmu::{
         spte::Spte,
+        sync::atomic::{AtomicU64, Ordering},
         tdp::FastOutcome,
         types::{Gfn, Level, PAGE_SHIFT},
     },
 };
-use core::sync::atomic::{AtomicU64, Ordering};
 use kernel::{ffi::c_void, prelude::*};
 
 /// What KVM's callers understand: RET_PF_RETRY (enter the guest again), RET_PF_EMULATE, ….

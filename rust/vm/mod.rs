@@ -39,10 +39,17 @@ use crate::{
         shadow::{free_buckets, ShadowStats},
         table, Kvm,
     },
-    mmu::{shadow::Shadow, spte::SpteFormat, tdp::Tdp},
+    mmu::{
+        shadow::Shadow,
+        spte::SpteFormat,
+        sync::atomic::{AtomicI64, AtomicU64, Ordering},
+        tdp::Tdp,
+    },
 };
-use core::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
-use kernel::prelude::*;
+use kernel::{
+    prelude::*,
+    sync::atomic::{Acquire, Atomic, Full, Relaxed, Release},
+};
 
 pub use control::{device, Device};
 pub use debugfs::{exit as debugfs_exit, init as debugfs_init};
@@ -118,7 +125,7 @@ static STATS: Stats = Stats {
 };
 
 /// Distinguishes VMs of one process.
-static NEXT: AtomicU64 = AtomicU64::new(0);
+static NEXT: Atomic<u64> = Atomic::new(0);
 
 kernel::sync::global_lock! {
     /// Creation of owned VMs against switching the static key, which is fixed while one exists.
@@ -127,14 +134,14 @@ kernel::sync::global_lock! {
 }
 
 /// Whether `OWNERSHIP` can be locked. Parameters that are given when the module is loaded are set before it is initialised.
-static READY: AtomicBool = AtomicBool::new(false);
+static READY: Atomic<bool> = Atomic::new(false);
 
 /// Prepares what VMs share.
 pub fn init() {
     // SAFETY: called once, before anything locks it.
     unsafe { OWNERSHIP.init() };
     control::init();
-    READY.store(true, Ordering::Release);
+    READY.store(true, Release);
 }
 
 /// Waits until nothing of destroyed VMs is on its way to the freeing callbacks in this module.
@@ -207,7 +214,7 @@ impl Drop for ModuleReference {
 }
 
 /// Handlers that run for VMs of no owner yet, while the module is being unloaded.
-static LATE_VISITS: AtomicU64 = AtomicU64::new(0);
+static LATE_VISITS: Atomic<u64> = Atomic::new(0);
 
 /// Keeps the module's text in place while a handler runs that may sleep and has no VM of ours to do that.
 ///
@@ -220,7 +227,7 @@ impl Visit {
     pub fn begin() -> Visit {
         let reference = ModuleReference::get().ok();
         if reference.is_none() {
-            LATE_VISITS.fetch_add(1, Ordering::AcqRel);
+            LATE_VISITS.fetch_add(1, Full);
         }
         Visit(reference)
     }
@@ -234,7 +241,7 @@ impl Visit {
 impl Drop for Visit {
     fn drop(&mut self) {
         if self.0.is_none() {
-            LATE_VISITS.fetch_sub(1, Ordering::AcqRel);
+            LATE_VISITS.fetch_sub(1, Full);
         }
     }
 }
@@ -244,7 +251,7 @@ impl Drop for Visit {
 /// Who is counted no more still has to return out of the handler, and does not sleep on that way: a grace period of RCU
 /// tasks sees it off.
 pub fn wait_for_visits() {
-    while LATE_VISITS.load(Ordering::Acquire) != 0 {
+    while LATE_VISITS.load(Acquire) != 0 {
         kernel::time::delay::fsleep(kernel::time::Delta::from_millis(1));
     }
     // SAFETY: process context, which may sleep.
@@ -272,7 +279,7 @@ fn take(kvm: &Kvm) -> Result {
     let vm = KBox::new(
         Vm {
             kvm: kvm.for_lifetime_of_owner(),
-            id: (param::current_pid(), NEXT.fetch_add(1, Ordering::Relaxed)),
+            id: (param::current_pid(), NEXT.fetch_add(1, Relaxed)),
             format: param::spte_format(kvm),
             tdp: Tdp::new(),
             shadow: Shadow::new(kvm.max_mmu_pages()),
@@ -334,7 +341,7 @@ pub fn released() {
 ///
 /// `EBUSY` while VMs of ours exist.
 pub fn set_tdp_mmu(on: bool) -> Result {
-    if !READY.load(Ordering::Acquire) {
+    if !READY.load(Acquire) {
         // No VM can be ours yet.
         param::set_wants_tdp_mmu(on);
         return Ok(());

@@ -18,10 +18,10 @@ use crate::{
     },
     mmu::{
         shadow::{guest::Guest, PagePtr, PageRole, Root},
+        sync::atomic::smp_mb,
         types::{Gfn, Level, PAGE_SHIFT},
     },
 };
-use core::sync::atomic::{fence, Ordering};
 use kernel::prelude::*;
 
 /// Bits of an entry in the pages of a context that stand in for missing levels.
@@ -306,7 +306,7 @@ impl Vm {
     /// The guest's memory at `gpa` was written to by emulation; `kvm_mmu_track_write()`.
     pub fn track_write(&self, vcpu: &Vcpu, gpa: u64, bytes: usize) {
         // What was written is seen by whoever shadows the table from now on, or the table's shadow is seen here.
-        fence(Ordering::SeqCst);
+        smp_mb();
         if self.shadow.indirect_pages() == 0 {
             return;
         }

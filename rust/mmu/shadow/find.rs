@@ -13,7 +13,7 @@ use super::{
 };
 use crate::mmu::{
     sync::{
-        atomic::{fence, Ordering},
+        atomic::{smp_mb, Ordering},
         MmuLocked,
     },
     types::{Gfn, Level},
@@ -200,7 +200,7 @@ impl<'l, H: ShadowHost> Op<'l, H> {
                 // is read here, or the marks are seen there.
                 if let Some(above) = above {
                     self.mark_unsync(above);
-                    fence(Ordering::SeqCst);
+                    smp_mb();
                 }
                 match cx.sync(self, page) {
                     Ok(flush) => self.owe_flush(flush),
@@ -250,7 +250,7 @@ impl<'l, H: ShadowHost> Op<'l, H> {
         self.host.account_indirect(1);
         // Either whoever emulates a write to the table sees the count, or we see
         // what was written when the entry is read again.
-        fence(Ordering::SeqCst);
+        smp_mb();
         self.host.disallow_lpage(slot, page.gfn(), 1);
         if page.level() > Level::L4K {
             self.host.track_writes(slot, page.gfn(), 1);

@@ -12,7 +12,7 @@ use super::{
 use crate::mmu::{
     spte::SpteFormat,
     sync::{
-        atomic::{fence, Ordering},
+        atomic::{smp_mb, Ordering},
         MmuWrite,
     },
     types::{Gfn, Hpa, Level},
@@ -102,7 +102,7 @@ impl Shadow {
         // What the guest wrote before it flushed went through a writable entry,
         // which was installed after the marks. And of a page that is being linked
         // below the root, either the marks are seen here, or what was written is there.
-        fence(Ordering::SeqCst);
+        smp_mb();
         root.any_unsync() || self.syncing.load(Ordering::Acquire)
     }
 

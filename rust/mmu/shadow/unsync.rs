@@ -51,7 +51,7 @@ use super::{
 use crate::mmu::{
     spte::Spte,
     sync::{
-        atomic::{fence, AtomicU64, Ordering},
+        atomic::{smp_wmb, AtomicU64, Ordering},
         MmuLocked,
     },
     types::{Gfn, Level},
@@ -181,7 +181,7 @@ impl Shadow {
         // The marks before the writable entry: a vCPU whose guest has written
         // through the entry, and flushes, must see them, whatever the entry is
         // installed with.
-        fence(Ordering::Release);
+        smp_wmb();
         Ok(())
     }
 
