@@ -15,9 +15,6 @@
 
 mod hook;
 mod kvm;
-// The engine is a library: its host tests use parts that the module does not.
-#[allow(dead_code, unused_imports)]
-#[path = "mmu/mod.rs"]
 mod mmu;
 mod vm;
 

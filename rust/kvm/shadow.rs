@@ -185,11 +185,6 @@ unsafe impl ShadowHost for KvmHost<'_> {
         unsafe { bindings::rmmu_table_free_rcu(page.as_ptr().as_ptr().cast()) }
     }
 
-    fn free_page_now(&self, page: PagePtr) {
-        // SAFETY: the engine's contract.
-        unsafe { free_now(page) }
-    }
-
     fn free_desc(&self, desc: DescPtr) {
         // SAFETY: out of a cache of descriptors, and not in use any more.
         unsafe { bindings::rmmu_desc_free(self.kvm.as_ptr(), desc.as_ptr().as_ptr().cast()) }

@@ -26,10 +26,18 @@ pub mod table;
 pub mod tdp;
 pub mod types;
 
-pub use host::{Host, TableSource};
-pub use role::Role;
-pub use spte::{AdMode, LeafArgs, ReservedBits, Spte, SpteFormat};
-pub use sync::{Flush, MmuLocked, MmuRead, MmuWrite, RcuRead};
-pub use table::{Entries, Table, TablePtr, ENTRIES};
-pub use tdp::{Around, FastOutcome, Fault, Neighbour, NoMemory, Outcome, Tdp};
-pub use types::{Gfn, GfnRange, Hpa, Level, Pfn};
+// What tests and models begin with; the module names things by the file they are in.
+#[cfg(not(MODULE))]
+mod names {
+    pub use super::{
+        host::{Host, TableSource},
+        role::Role,
+        spte::{AdMode, LeafArgs, ReservedBits, Spte, SpteFormat},
+        sync::{Flush, MmuLocked, MmuRead, MmuWrite, RcuRead},
+        table::{Entries, Table, TablePtr, ENTRIES},
+        tdp::{Around, FastOutcome, Fault, Neighbour, NoMemory, Outcome, Tdp},
+        types::{Gfn, GfnRange, Hpa, Level, Pfn},
+    };
+}
+#[cfg(not(MODULE))]
+pub use names::*;

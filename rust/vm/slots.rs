@@ -32,7 +32,7 @@ impl Vm {
         }
         let flush = self
             .tdp
-            .unmap_range_in(&host, lock, slot.smm(), range, may_block, flush);
+            .unmap_range(&host, lock, Some(slot.smm()), range, may_block, flush);
         if slot.is_apic_access_page() {
             kvm.request_apic_page_reload();
         }
@@ -43,7 +43,7 @@ impl Vm {
     /// Whether pages of the range were used; `kvm_age_gfn()`, `kvm_test_age_gfn()`. No lock is held.
     pub fn age(&self, kvm: &Kvm, range: GfnRange, slot: &Slot, test_only: bool) -> bool {
         let host = self.host();
-        let young = self.tdp.age_in(&host, slot.smm(), range, test_only);
+        let young = self.tdp.age(&host, Some(slot.smm()), range, test_only);
         // With the TDP MMU in use, only tables of nested hypervisors have shadow pages that map anything.
         let may_have = host.tdp.is_none() || self.shadow.indirect_pages() != 0;
         if (young && test_only) || !may_have || !self.has_shadow_roots() {

@@ -90,9 +90,6 @@ pub unsafe trait ShadowHost: Host {
     /// Frees a page after a grace period.
     fn free_page_rcu(&self, page: PagePtr);
 
-    /// Frees a page that nobody could find.
-    fn free_page_now(&self, page: PagePtr);
-
     /// Frees a descriptor.
     fn free_desc(&self, desc: DescPtr);
 

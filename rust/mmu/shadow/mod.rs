@@ -104,19 +104,23 @@ mod zap;
 
 pub use audit::ShadowedFrames;
 pub use fault::WrongRoot;
-pub use guest::{GuestLeaf, GuestTable, GuestTables, GuestWalk, GROUP};
+pub use guest::GuestTables;
 pub use host::{
     AuditHost, Counter, Maximum, PageEvent, PageSource, ShadowHost, ShadowVcpu, SplitCaches,
 };
-pub use inspect::PageInfo;
 pub use list::Buckets;
 pub use page::{Page, PagePtr, Translations, KIND_SHADOW};
 pub use reclaim::NoSpace;
 pub use rmap::{Desc, DescPtr};
 pub use role::PageRole;
 pub use roots::Root;
-pub use split::SplitError;
-pub use unsync::WriteProtect;
+#[cfg(not(MODULE))]
+pub use {
+    guest::{GuestLeaf, GuestTable, GuestWalk, GROUP},
+    inspect::PageInfo,
+    split::SplitError,
+    unsync::WriteProtect,
+};
 
 use crate::mmu::sync::{
     atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicU8, Ordering},

@@ -41,6 +41,7 @@ use core::{mem, ptr, ptr::NonNull};
 pub type Translations = [Cell<u64>; ENTRIES];
 
 /// Where a header has the marks about unsync pages below its page.
+#[cfg(not(MODULE))]
 pub const UNSYNC_BITS_OFFSET: usize = mem::offset_of!(Page, unsync_bits);
 
 /// The value of a shadow page's byte at [`offset::KIND`](crate::mmu::table::offset::KIND).

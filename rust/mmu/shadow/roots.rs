@@ -112,11 +112,6 @@ impl Shadow {
     pub fn note_root_in_use(&self, root: PagePtr) {
         root.clear_writes();
     }
-
-    /// The role of a root. Without a lock; the caller holds a reference.
-    pub fn role_of(&self, root: PagePtr) -> PageRole {
-        root.role()
-    }
 }
 
 impl<'l, H: ShadowHost> Op<'l, H> {

@@ -140,18 +140,9 @@ impl Tdp {
         outcome
     }
 
-    /// Makes the pages of the range old, in both address spaces; true if any was
-    /// young. With `test_only` nothing changes.
-    pub fn age<H: Host>(&self, host: &H, range: GfnRange, test_only: bool) -> bool {
-        self.age_roots(host, None, range, test_only)
-    }
-
-    /// As [`age`](Tdp::age), in one address space.
-    pub fn age_in<H: Host>(&self, host: &H, smm: bool, range: GfnRange, test_only: bool) -> bool {
-        self.age_roots(host, Some(smm), range, test_only)
-    }
-
-    fn age_roots<H: Host>(
+    /// Makes the pages of the range old, in the address space `smm` or in both; true if
+    /// any was young. With `test_only` nothing changes.
+    pub fn age<H: Host>(
         &self,
         host: &H,
         smm: Option<bool>,

@@ -58,6 +58,7 @@ mod zap;
 pub use around::{Around, Neighbour};
 pub use fast::{fast_fix, FastFix, FastOutcome, FAST_TRIES};
 pub use fault::{Fault, Outcome};
+#[cfg(not(MODULE))]
 pub use huge::NoMemory;
 
 use crate::mmu::{

@@ -21,37 +21,19 @@ use crate::mmu::{
 };
 
 impl Tdp {
-    /// Zaps the leaves that overlap the range, below all roots: memory is about to
-    /// go away. Says whether a flush is owed, what `flush` owed included.
+    /// Zaps the leaves that overlap the range, below all roots of the address space
+    /// `smm` or of both: memory is about to go away. Says whether a flush is owed, what
+    /// `flush` owed included.
     pub fn unmap_range<H: Host>(
         &self,
         host: &H,
         lock: &mut MmuWrite<'_>,
+        smm: Option<bool>,
         range: GfnRange,
         can_yield: bool,
         flush: Flush,
     ) -> Flush {
-        let which = Which {
-            smm: None,
-            invalid: true,
-        };
-        self.zap_leafs_of(host, lock, which, range, can_yield, flush)
-    }
-
-    /// As [`unmap_range`](Tdp::unmap_range), in one address space.
-    pub fn unmap_range_in<H: Host>(
-        &self,
-        host: &H,
-        lock: &mut MmuWrite<'_>,
-        smm: bool,
-        range: GfnRange,
-        can_yield: bool,
-        flush: Flush,
-    ) -> Flush {
-        let which = Which {
-            smm: Some(smm),
-            invalid: true,
-        };
+        let which = Which { smm, invalid: true };
         self.zap_leafs_of(host, lock, which, range, can_yield, flush)
     }
 

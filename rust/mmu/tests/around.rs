@@ -235,15 +235,18 @@ fn aging_sees_idle_pages_as_idle_and_counts_each_page_once() {
     for format in formats() {
         let vm = Vm::new(format, 1);
         vm.map_around(0, fault(&vm, 18), &mut Window::new(16, 32));
-        assert!(!vm.tdp.age(&vm.host, range(19, 32), true), "only looking");
+        assert!(
+            !vm.tdp.age(&vm.host, None, range(19, 32), true),
+            "only looking"
+        );
         assert_eq!(vm.host.ahead(), (0, 0));
         vm.host.access(0, Gfn(25), false, false);
         for gfn in 19..32 {
-            let young = vm.tdp.age(&vm.host, range(gfn, gfn + 1), false);
+            let young = vm.tdp.age(&vm.host, None, range(gfn, gfn + 1), false);
             assert_eq!(young, gfn == 25, "{gfn}");
         }
         assert_eq!(vm.host.ahead(), (1, 12));
-        assert!(!vm.tdp.age(&vm.host, range(19, 32), false));
+        assert!(!vm.tdp.age(&vm.host, None, range(19, 32), false));
         vm.unmap(range(19, 32));
         assert_eq!(vm.host.ahead(), (1, 12), "counted before");
         vm.destroy();

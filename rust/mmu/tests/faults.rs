@@ -269,9 +269,14 @@ fn unmapping_one_address_space_leaves_the_other() {
         assert_eq!(vm.map(vcpu, vm.fault(1, 1, Level::L4K)), Outcome::Fixed);
     }
     vm.host.write(|lock| {
-        let flush = vm
-            .tdp
-            .unmap_range_in(&vm.host, lock, true, range(0, 10), true, Flush::none());
+        let flush = vm.tdp.unmap_range(
+            &vm.host,
+            lock,
+            Some(true),
+            range(0, 10),
+            true,
+            Flush::none(),
+        );
         assert!(flush.needed());
         vm.host.spend(flush, lock);
     });
@@ -288,11 +293,11 @@ fn an_unmap_owes_a_flush_only_if_something_was_mapped() {
     vm.host.write(|lock| {
         let flush = vm
             .tdp
-            .unmap_range(&vm.host, lock, range(6, 100), true, Flush::none());
+            .unmap_range(&vm.host, lock, None, range(6, 100), true, Flush::none());
         assert!(!flush.needed());
         let flush = vm
             .tdp
-            .unmap_range(&vm.host, lock, range(6, 100), true, Flush::pending());
+            .unmap_range(&vm.host, lock, None, range(6, 100), true, Flush::pending());
         assert!(flush.needed(), "what was owed before is still owed");
         let flush = vm.tdp.zap_leafs(&vm.host, lock, range(5, 6), Flush::none());
         assert!(flush.needed());
@@ -329,7 +334,7 @@ fn a_walk_that_must_not_yield_does_not() {
     vm.host.write(|lock| {
         let flush = vm
             .tdp
-            .unmap_range(&vm.host, lock, range(0, 50), false, Flush::none());
+            .unmap_range(&vm.host, lock, None, range(0, 50), false, Flush::none());
         vm.host.spend(flush, lock);
     });
     assert_eq!(vm.host.yields.load(Ordering::Relaxed), 0);
@@ -372,7 +377,7 @@ fn a_notifier_reaches_memory_below_an_invalid_root() {
     vm.host.write(|lock| {
         let flush = vm
             .tdp
-            .unmap_range(&vm.host, lock, range(0, 9), true, Flush::none());
+            .unmap_range(&vm.host, lock, None, range(0, 9), true, Flush::none());
         assert!(!flush.needed(), "no CPU uses an invalid root");
     });
     assert_eq!(vm.counted(Level::L4K), 0);

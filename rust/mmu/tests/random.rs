@@ -167,7 +167,7 @@ impl Test {
             }
             87..=90 => {
                 let test_only = self.random.once_in(3);
-                let got = tdp.age_in(host, smm, range, test_only);
+                let got = tdp.age(host, Some(smm), range, test_only);
                 assert_eq!(got, space.age(range, test_only, self.ad));
                 self.flush(Flush::pending());
                 "age"
@@ -241,7 +241,7 @@ impl Test {
         let host = &self.vm.host;
         host.write(|lock| {
             let tdp = &self.vm.tdp;
-            let flush = tdp.unmap_range(host, lock, range, may_yield, owed);
+            let flush = tdp.unmap_range(host, lock, None, range, may_yield, owed);
             host.spend(flush, lock);
         });
         for (as_id, space) in self.spaces.iter_mut().enumerate() {

@@ -195,7 +195,7 @@ impl Shared {
         host.write(|_| self.sequence.fetch_add(1, Ordering::AcqRel));
         host.write(|lock| {
             let tdp = &self.vm.tdp;
-            let flush = tdp.unmap_range(host, lock, range, may_yield, Flush::none());
+            let flush = tdp.unmap_range(host, lock, None, range, may_yield, Flush::none());
             host.spend(flush, lock);
         });
         // From here on the memory belongs to somebody else.
@@ -261,7 +261,7 @@ impl Shared {
                 });
             }),
             _ => {
-                tdp.age(host, Shared::range(random), random.once_in(4));
+                tdp.age(host, None, Shared::range(random), random.once_in(4));
             }
         }
     }

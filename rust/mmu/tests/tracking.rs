@@ -37,11 +37,14 @@ fn aging_reports_a_young_page_once_until_it_is_accessed_again() {
         let vm = Vm::new(format, 1);
         assert_eq!(vm.map_write(5, Level::L4K), Outcome::Fixed);
         let all = range(0, 512);
-        assert!(vm.tdp.age(&vm.host, all, true), "test only: still young");
-        assert!(vm.tdp.age(&vm.host, all, false));
-        assert!(!vm.tdp.age(&vm.host, all, false));
         assert!(
-            !vm.tdp.age_in(&vm.host, true, all, false),
+            vm.tdp.age(&vm.host, None, all, true),
+            "test only: still young"
+        );
+        assert!(vm.tdp.age(&vm.host, None, all, false));
+        assert!(!vm.tdp.age(&vm.host, None, all, false));
+        assert!(
+            !vm.tdp.age(&vm.host, Some(true), all, false),
             "the other address space"
         );
         vm.host.flush_all();
@@ -55,8 +58,8 @@ fn aging_reports_a_young_page_once_until_it_is_accessed_again() {
             assert_eq!(vm.fast(5, true, false), FastOutcome::Fixed);
         }
         assert_eq!(vm.host.access(0, Gfn(5), true, false), Access::Hit(Pfn(5)));
-        assert!(vm.tdp.age(&vm.host, range(5, 6), false));
-        assert!(!vm.tdp.age(&vm.host, range(6, 500), false));
+        assert!(vm.tdp.age(&vm.host, None, range(5, 6), false));
+        assert!(!vm.tdp.age(&vm.host, None, range(6, 500), false));
         vm.destroy();
     }
 }
@@ -65,7 +68,7 @@ fn aging_reports_a_young_page_once_until_it_is_accessed_again() {
 fn a_fast_read_of_a_tracked_page_does_not_make_it_writable() {
     let vm = Vm::new(ept(false), 1);
     assert_eq!(vm.map_write(5, Level::L4K), Outcome::Fixed);
-    assert!(vm.tdp.age(&vm.host, range(5, 6), false));
+    assert!(vm.tdp.age(&vm.host, None, range(5, 6), false));
     assert_eq!(vm.fast(5, false, true), FastOutcome::Fixed);
     assert!(vm.slot.dirty.lock().unwrap().is_empty());
     assert_eq!(vm.host.access(0, Gfn(5), false, false), Access::Hit(Pfn(5)));
@@ -457,7 +460,7 @@ fn prefetched_pages_are_old_and_never_downgrade_a_mapping() {
             ..vm.fault(gfn, gfn, Level::L4K)
         };
         assert_eq!(vm.map(0, prefetch(7)), Outcome::Fixed);
-        assert!(!vm.tdp.age(&vm.host, range(7, 8), false));
+        assert!(!vm.tdp.age(&vm.host, None, range(7, 8), false));
         assert_eq!(vm.map(0, prefetch(7)), Outcome::Spurious);
         if !format.ad_enabled {
             assert_eq!(vm.fast(7, false, false), FastOutcome::Fixed);
@@ -500,7 +503,7 @@ fn the_dirty_log_loses_no_write() {
                     vm.slot.dirty.lock().unwrap().insert(gfn.0);
                 }
                 if random.once_in(30) {
-                    vm.tdp.age(&vm.host, range(0, FRAMES), false);
+                    vm.tdp.age(&vm.host, None, range(0, FRAMES), false);
                 }
             }
             // Harvest: by words of the bitmap, under the write lock, then flush,

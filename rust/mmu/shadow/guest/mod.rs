@@ -38,8 +38,10 @@ mod walk;
 
 pub use fault::{ErrorCode, GuestFault};
 pub use format::{GuestFormat, Paging32, Paging64, PagingEpt, Width};
-pub use tables::{Guest, GuestLeaf, GuestTables, GROUP};
-pub use walk::{walk, GuestTable, GuestWalk, Stop};
+pub use tables::{Guest, GuestTables, GROUP};
+pub use walk::{walk, GuestWalk, Stop};
+#[cfg(not(MODULE))]
+pub use {tables::GuestLeaf, walk::GuestTable};
 
 use crate::mmu::types::{Gfn, Level, ACC_USER};
 

@@ -216,7 +216,7 @@ impl Vm {
         self.host.write(|lock| {
             let flush = self
                 .tdp
-                .unmap_range(&self.host, lock, range, true, Flush::none());
+                .unmap_range(&self.host, lock, None, range, true, Flush::none());
             self.host.spend(flush, lock);
         });
     }

@@ -392,10 +392,6 @@ unsafe impl ShadowHost for Cpu<'_> {
         machine.free_all(machine.rcu.give_up(Gone::Page(page)));
     }
 
-    fn free_page_now(&self, page: PagePtr) {
-        self.machine.guest.free(page);
-    }
-
     fn free_desc(&self, desc: DescPtr) {
         self.machine.guest.counts.lock().unwrap().descs -= 1;
         // SAFETY: It came from a box, and nobody is left to use it.

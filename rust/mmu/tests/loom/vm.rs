@@ -297,7 +297,7 @@ impl Actor<'_> {
 
     fn unmap_locked(&self, lock: &mut MmuWrite<'_>, range: GfnRange) {
         let tdp = &self.vm.tdp;
-        let flush = tdp.unmap_range(&self.cpu, lock, range, true, Flush::none());
+        let flush = tdp.unmap_range(&self.cpu, lock, None, range, true, Flush::none());
         self.cpu.spend(flush, lock);
     }
 
@@ -317,7 +317,7 @@ impl Actor<'_> {
 
     /// Makes the pages of the range old.
     pub fn age(&self, range: GfnRange) -> bool {
-        self.vm.tdp.age(&self.cpu, range, false)
+        self.vm.tdp.age(&self.cpu, None, range, false)
     }
 
     /// Clears the dirty bits of the range, and flushes.

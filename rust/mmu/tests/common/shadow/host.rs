@@ -541,10 +541,6 @@ unsafe impl ShadowHost for Machine {
         self.end_grace_period();
     }
 
-    fn free_page_now(&self, page: PagePtr) {
-        self.free_page(page);
-    }
-
     fn free_desc(&self, desc: DescPtr) {
         self.descs.set(self.descs.get() - 1);
         // SAFETY: It came from a box, and nobody is left to use it.
