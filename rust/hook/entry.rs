@@ -11,7 +11,7 @@
 #![allow(clippy::unused_unit)]
 
 use crate::{
-    kvm::{bindings::*, calls::orig, walk::Walk, Kvm, Mmu, RootSet, Slot, Vcpu},
+    kvm::{bindings::*, calls::orig, vcpu::Instruction, walk::Walk, Kvm, Mmu, RootSet, Slot, Vcpu},
     mmu::types::{Gfn, GfnRange, Level},
     vm::{self, Vm},
 };
@@ -30,7 +30,17 @@ unsafe fn owned<'a>(kvm: *mut kvm) -> (&'a Kvm, Option<&'a Vm>) {
     let kvm = unsafe { Kvm::from_raw(kvm) };
     // SAFETY: the stub has seen the mark, and our data lives from creation of the VM until its last entry point,
     // kvm_mmu_uninit_vm(), is done.
-    (kvm, unsafe { kvm.data_of_owned().cast::<Vm>().as_ref() })
+    let vm = unsafe { kvm.data_of_owned().cast::<Vm>().as_ref() };
+    if vm.is_none() {
+        no_data(kvm);
+    }
+    (kvm, vm)
+}
+
+#[cold]
+#[inline(never)]
+fn no_data(kvm: &Kvm) {
+    kvm.bug(c"a VM of ours has no data");
 }
 
 /// Defines handlers of functions whose first argument is a VM.
@@ -97,8 +107,8 @@ unsafe extern "C" fn rmmu_kvm_mmu_init_vm(kvm: *mut kvm) -> c_int {
     if ret != 0 || visit.is_late() || !super::complete() {
         return ret;
     }
-    // SAFETY: the VM is being created by this thread.
-    match vm::adopt(unsafe { Kvm::from_raw(kvm) }) {
+    // SAFETY: the VM is being created by this thread, and the function has initialised its lists.
+    match unsafe { vm::adopt(Kvm::from_raw(kvm)) } {
         Ok(()) => 0,
         Err(error) => {
             // SAFETY: undoes what the function did above; KVM does not do it for a VM that has no MMU.
@@ -117,7 +127,7 @@ check_prototype!(rmmu_kvm_mmu_init_vm);
 #[no_mangle]
 unsafe extern "C" fn rmmu_kvm_mmu_uninit_vm(kvm: *mut kvm) {
     // SAFETY: the VM is being destroyed by this thread.
-    let module_reference = vm::release(unsafe { Kvm::from_raw(kvm) });
+    let module_reference = unsafe { vm::release(Kvm::from_raw(kvm)) };
     // SAFETY: the function itself; the lists are plain and empty again.
     unsafe { orig::kvm_mmu_uninit_vm(kvm) };
     vm::released();
@@ -219,7 +229,8 @@ vcpu_handlers! {
 
     /// A stage-2 fault.
     fn rmmu_kvm_mmu_page_fault(vcpu, vm, gpa: u64, error_code: u64, insn: *mut c_void, len: c_int) -> c_int = 0, {
-        vm.page_fault(vcpu, gpa, error_code, insn, len)
+        // SAFETY: what KVM gave with the fault.
+        vm.page_fault(vcpu, gpa, error_code, unsafe { Instruction::new(insn, len) })
     }
 
     /// A page that was on its way in is there.

@@ -125,7 +125,8 @@ fn resolve(function: &symbols::Function) -> Result<Patch> {
         return Err(ENOENT);
     }
     let stub = function.stub.map_or(0, |stub| stub as usize);
-    symbols::bind(function, site.wrapping_add(PATCH_SIZE));
+    // SAFETY: past the patched entry of the function, whose prototype was compared. kvm.ko stays while the hooks are in.
+    unsafe { symbols::bind(function, site.wrapping_add(PATCH_SIZE)) };
     Ok(Patch { name, site, stub })
 }
 
@@ -238,7 +239,9 @@ fn attach() -> Result {
     }
     abi::check()?;
     for function in symbols::callees() {
-        symbols::bind(function, symbols::require_kvm(symbols::name(function))?);
+        let address = symbols::require_kvm(symbols::name(function))?;
+        // SAFETY: the prototype was compared above, and kvm.ko stays while VMs of ours exist.
+        unsafe { symbols::bind(function, address) };
     }
     param::bind()?;
     trace::bind()?;

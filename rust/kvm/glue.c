@@ -104,6 +104,8 @@ void rmmu_read_lock(struct kvm *kvm) { read_lock(&kvm->mmu_lock); }
 void rmmu_read_unlock(struct kvm *kvm) { read_unlock(&kvm->mmu_lock); }
 void rmmu_write_lock(struct kvm *kvm) { write_lock(&kvm->mmu_lock); }
 void rmmu_write_unlock(struct kvm *kvm) { write_unlock(&kvm->mmu_lock); }
+void rmmu_assert_mmu_locked(struct kvm *kvm) { lockdep_assert_held(&kvm->mmu_lock); }
+void rmmu_assert_mmu_locked_for_write(struct kvm *kvm) { lockdep_assert_held_write(&kvm->mmu_lock); }
 void rmmu_relax_read(struct kvm *kvm) { cond_resched_rwlock_read(&kvm->mmu_lock); }
 void rmmu_relax_write(struct kvm *kvm) { cond_resched_rwlock_write(&kvm->mmu_lock); }
 bool rmmu_need_break(struct kvm *kvm) { return need_resched() || rwlock_needbreak(&kvm->mmu_lock); }

@@ -71,6 +71,8 @@ void rmmu_read_lock(struct kvm *kvm);
 void rmmu_read_unlock(struct kvm *kvm);
 void rmmu_write_lock(struct kvm *kvm);
 void rmmu_write_unlock(struct kvm *kvm);
+void rmmu_assert_mmu_locked(struct kvm *kvm);
+void rmmu_assert_mmu_locked_for_write(struct kvm *kvm);
 void rmmu_relax_read(struct kvm *kvm);
 void rmmu_relax_write(struct kvm *kvm);
 bool rmmu_need_break(struct kvm *kvm);

@@ -83,7 +83,8 @@ impl HeldLock for WriteGuard<'_> {}
 /// # Safety
 ///
 /// KVM holds the VM's `mmu_lock` for write until the token is dropped.
-pub(crate) unsafe fn held_for_write<'a>(_kvm: &'a Kvm) -> MmuWrite<'a> {
+pub(crate) unsafe fn held_for_write<'a>(kvm: &'a Kvm) -> MmuWrite<'a> {
+    kvm.assert_mmu_locked_for_write();
     // SAFETY: the caller's promise.
     unsafe { MmuWrite::assume_held() }
 }

@@ -17,6 +17,7 @@ pub mod lock;
 pub mod page;
 pub mod paging;
 pub mod param;
+pub mod root;
 pub mod shadow;
 pub mod slot;
 pub mod symbols;

@@ -24,7 +24,7 @@ use crate::{
             Flush, MmuWrite,
         },
         table::{offset, Entries, ENTRIES},
-        types::{Gfn, GfnRange, Hpa, Level, Pfn, PAGE_SHIFT},
+        types::{Gfn, GfnRange, Hpa, Level, Pfn},
     },
 };
 use core::{
@@ -58,49 +58,12 @@ pub struct ShadowStats {
     pub nested_splits: AtomicU64,
 }
 
-/// What a root's address leads to.
-#[derive(Clone, Copy)]
-pub enum RootKind {
-    /// A table of the TDP MMU.
-    Tdp(crate::mmu::table::TablePtr),
-    /// A shadow page.
-    Shadow(PagePtr),
-    /// The page of four PAE entries, or one above it.
-    Special,
-    /// Stands for a guest's root that is no memory.
-    Dummy,
-}
-
-/// Tells what a root is that a vCPU has loaded.
-///
-/// `hpa` is what [`Mmu`](crate::kvm::Mmu) says: only our own code stores roots there, with a reference.
-pub fn root_kind(hpa: Hpa) -> RootKind {
-    if hpa == table::dummy_root() {
-        return RootKind::Dummy;
-    }
-    let Some(root) = table::root_at(hpa) else {
-        return RootKind::Special;
-    };
-    let header = root.as_ptr();
-    if is_shadow(header.cast()) {
-        // SAFETY: the header of a live shadow page.
-        RootKind::Shadow(unsafe { PagePtr::from_raw(header.cast()) })
-    } else {
-        RootKind::Tdp(root)
-    }
-}
-
-/// The shadow page behind an entry of a PAE root; none if the entry is empty.
-pub fn pae_root(entry: u64) -> Option<PagePtr> {
-    const ADDRESS: u64 = ((1 << 52) - 1) & !((1 << PAGE_SHIFT) - 1);
-    match (entry != 0).then(|| root_kind(Hpa(entry & ADDRESS)))? {
-        RootKind::Shadow(page) => Some(page),
-        _ => None,
-    }
-}
-
 /// Whether a header is of a shadow page.
-pub(super) fn is_shadow(header: NonNull<c_void>) -> bool {
+///
+/// # Safety
+///
+/// It is the header of a table of the TDP MMU, or of a shadow page, that lives.
+pub(super) unsafe fn is_shadow(header: NonNull<c_void>) -> bool {
     // SAFETY: both kinds of header are longer and have the byte there, which does not change once the header is in use.
     unsafe { header.cast::<u8>().byte_add(offset::KIND).read_volatile() == KIND_SHADOW }
 }

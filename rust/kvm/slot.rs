@@ -184,6 +184,7 @@ impl Slot {
     ///
     /// The caller holds `mmu_lock` and has checked, or will check, for an invalidation.
     pub fn max_mapping_level(&self, kvm: &Kvm, gfn: Gfn, limit: Level) -> Level {
+        kvm.assert_mmu_locked();
         let level = self.max_level(gfn, limit);
         if level == Level::L4K {
             return level;

@@ -68,9 +68,13 @@ pub fn prototype(function: &Function) -> &'static CStr {
 }
 
 /// Points the function's static call to `address`.
-pub fn bind(function: &Function, address: usize) {
-    // SAFETY: key and trampoline belong together, and `address` is the function the call is typed for: its prototype was
-    // compared with BTF.
+///
+/// # Safety
+///
+/// There is that function, of the prototype that the table has for it, or the rest of it past its patched entry. It stays as
+/// long as it is called.
+pub unsafe fn bind(function: &Function, address: usize) {
+    // SAFETY: key and trampoline belong together, and what is at the address has the type of the call, as the caller promises.
     unsafe { bindings::__static_call_update(function.key, function.tramp, address as *mut c_void) }
 }
 
@@ -112,7 +116,8 @@ pub fn init() -> Result {
     unsafe { bindings::unregister_kprobe(&mut *probe) };
 
     let (first, rest) = core_functions().split_first().ok_or(EINVAL)?;
-    bind(first, address);
+    // SAFETY: its address, by the kprobe; its prototype is compared before anything but this is called.
+    unsafe { bind(first, address) };
     for function in rest {
         let address = lookup(name(function)).ok_or_else(|| {
             pr_err!(
@@ -121,7 +126,8 @@ pub fn init() -> Result {
             );
             ENOENT
         })?;
-        bind(function, address);
+        // SAFETY: kallsyms knows it by its name. Of the kernel itself, so it stays.
+        unsafe { bind(function, address) };
     }
     Ok(())
 }

@@ -202,16 +202,6 @@ unsafe extern "C" fn rmmu_table_freed(header: *mut c_void) {
 }
 check_prototype!(rmmu_table_freed);
 
-/// The table of a root that a vCPU has loaded.
-///
-/// `hpa` is what [`Mmu`](crate::kvm::Mmu) says: only our own `load` stores roots there, with a reference.
-pub fn root_at(hpa: Hpa) -> Option<TablePtr> {
-    // SAFETY: the address of a live table's page, whose private word is the header that `join` put there.
-    let header = NonNull::new(unsafe { header_at(hpa) })?;
-    // SAFETY: as above.
-    Some(unsafe { TablePtr::from_raw(header.cast()) })
-}
-
 /// The role of a root that the caller holds a reference on.
 pub fn role(root: TablePtr) -> Role {
     // SAFETY: the reference keeps it alive.

@@ -25,7 +25,9 @@ pub fn bind() -> Result {
     const PREFIX: usize = "__traceiter_".len();
     for (event, iterator) in (0u32..).zip(symbols::iterators()) {
         let name = symbols::name(iterator);
-        symbols::bind(iterator, symbols::require_kvm(name)?);
+        let address = symbols::require_kvm(name)?;
+        // SAFETY: kvm.ko stays while VMs of ours exist, and `abi::check()` compared the prototype.
+        unsafe { symbols::bind(iterator, address) };
         let event_name = name.to_str()?.get(PREFIX..).ok_or(EINVAL)?;
         let tracepoint = CString::try_from_fmt(fmt!("__tracepoint_{}", event_name))?;
         let tracepoint = symbols::require_kvm(&tracepoint)? as *mut bindings::tracepoint;

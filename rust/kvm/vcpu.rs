@@ -3,7 +3,13 @@
 //! `struct kvm_vcpu` and its `struct kvm_mmu`: roots, caches, requests and statistics of a vCPU.
 
 use crate::{
-    kvm::{bindings, calls, slot::Slot, table, vm::Kvm},
+    kvm::{
+        bindings, calls,
+        root::{PaeEntry, RootHpa, INVALID_PAGE},
+        slot::Slot,
+        table,
+        vm::Kvm,
+    },
     mmu::{role::Role, types::Gfn, types::Hpa, types::Level},
 };
 use core::ptr::NonNull;
@@ -21,8 +27,29 @@ pub struct Mmu(Opaque<bindings::kvm_mmu>);
 #[derive(Clone, Copy)]
 pub struct RootSet(pub u64);
 
-/// KVM's `INVALID_PAGE`.
-const INVALID_PAGE: u64 = bindings::RMMU_INVALID_PAGE as u64;
+/// The bytes of an instruction that faulted, as far as the hardware told.
+///
+/// # Invariants
+///
+/// What KVM gave with a fault that is being handled: `bytes` are `len` bytes, or null.
+#[derive(Clone, Copy)]
+pub struct Instruction {
+    bytes: *mut c_void,
+    len: i32,
+}
+
+impl Instruction {
+    /// Takes what KVM gave.
+    ///
+    /// # Safety
+    ///
+    /// As the type's invariants say.
+    #[inline]
+    pub unsafe fn new(bytes: *mut c_void, len: i32) -> Self {
+        // INVARIANT: the caller's promise.
+        Instruction { bytes, len }
+    }
+}
 
 impl RootSet {
     /// The root in use and all previous ones.
@@ -84,40 +111,37 @@ impl Mmu {
     }
 
     /// The root in use.
-    pub fn root(&self) -> Option<Hpa> {
+    pub fn root(&self) -> Option<RootHpa> {
         // SAFETY: the context lives and is this thread's.
-        let hpa = unsafe { (*self.0.get()).root.hpa };
-        (hpa != INVALID_PAGE).then_some(Hpa(hpa))
+        RootHpa::of_field(unsafe { &(*self.0.get()).root })
     }
 
     /// Sets the root in use, or none, and what the guest's root register holds for it (0 for direct roots).
-    pub fn set_root(&self, root: Option<Hpa>, pgd: u64) {
+    pub fn set_root(&self, root: Option<RootHpa>, pgd: u64) {
         // SAFETY: the context lives and is this thread's.
         unsafe {
-            (*self.0.get()).root.hpa = root.map_or(INVALID_PAGE, |hpa| hpa.0);
+            (*self.0.get()).root.hpa = root.map_or(INVALID_PAGE, |root| root.get().0);
             (*self.0.get()).root.pgd = pgd;
         }
     }
 
     /// The roots used before.
-    pub fn previous_roots(&self) -> impl Iterator<Item = Option<Hpa>> {
+    pub fn previous_roots(&self) -> impl Iterator<Item = Option<RootHpa>> {
         // SAFETY: the context lives and is this thread's.
         let roots = unsafe { (*self.0.get()).prev_roots };
-        roots
-            .into_iter()
-            .map(|root| (root.hpa != INVALID_PAGE).then_some(Hpa(root.hpa)))
+        roots.into_iter().map(|root| RootHpa::of_field(&root))
     }
 
     /// Makes a root that `usable` accepts, by address and root register, the one in use.
     ///
     /// The one in use until now, if there is one, becomes the first of the previous roots; the last of these is then in use
     /// if none is usable. Without one in use, the previous roots move up.
-    pub fn switch_root(&self, mut usable: impl FnMut(Hpa, u64) -> bool) -> bool {
+    pub fn switch_root(&self, mut usable: impl FnMut(RootHpa, u64) -> bool) -> bool {
         // SAFETY: the context lives and is this thread's, and no other reference into it exists.
         let (root, previous) =
             unsafe { (&mut (*self.0.get()).root, &mut (*self.0.get()).prev_roots) };
         let mut fits = |root: &bindings::kvm_mmu_root_info| {
-            root.hpa != INVALID_PAGE && usable(Hpa(root.hpa), root.pgd)
+            RootHpa::of_field(root).is_some_and(|hpa| usable(hpa, root.pgd))
         };
         if root.hpa != INVALID_PAGE {
             if fits(root) {
@@ -147,26 +171,28 @@ impl Mmu {
     }
 
     /// The four entries of PAE paging, if this context has them.
-    pub fn pae_entries(&self) -> Option<[u64; 4]> {
+    pub fn pae_entries(&self) -> Option<[PaeEntry; 4]> {
         // SAFETY: the context lives and is this thread's; the page, if there is one, is as old as the context or made by
         // `alloc_special_roots`.
-        unsafe {
+        let words = unsafe {
             (*self.0.get())
                 .pae_root
                 .cast::<[u64; 4]>()
                 .as_ref()
                 .copied()
-        }
+        };
+        // SAFETY: zeroes at first; all else is from `set_pae_entries`.
+        words.map(|words| words.map(|word| unsafe { PaeEntry::from_raw(word) }))
     }
 
     /// Sets these entries; nothing happens if this context has none.
-    pub fn set_pae_entries(&self, entries: [u64; 4]) {
+    pub fn set_pae_entries(&self, entries: [PaeEntry; 4]) {
         // SAFETY: as above. The hardware reads each of them whole.
         unsafe {
             let to = (*self.0.get()).pae_root;
             if !to.is_null() {
                 for (index, entry) in entries.into_iter().enumerate() {
-                    to.add(index).write_volatile(entry);
+                    to.add(index).write_volatile(entry.raw());
                 }
             }
         }
@@ -198,7 +224,7 @@ impl Mmu {
 
     /// Links the PAE entries to the pages above them, if the hardware has levels there, and returns the root: none if this
     /// context has no such pages. `bits` are what an entry needs besides an address.
-    pub fn link_pae_root(&self, level: Level, bits: u64) -> Option<Hpa> {
+    pub fn link_pae_root(&self, level: Level, bits: u64) -> Option<RootHpa> {
         let mmu = self.0.get();
         // SAFETY: the context lives and is this thread's.
         let (pae, pml4, pml5) = unsafe { ((*mmu).pae_root, (*mmu).pml4_root, (*mmu).pml5_root) };
@@ -213,21 +239,24 @@ impl Mmu {
                 root = above;
             }
         }
-        Some(Hpa(root))
+        // SAFETY: the page of PAE entries, or one above it, which lasts as long as the context.
+        Some(unsafe { RootHpa::new(Hpa(root)) })
     }
 
     /// Hands every root of `set` for which `drop_it` says so to `sink`, the one in use last, and forgets it.
     pub fn take_roots(
         &self,
         set: RootSet,
-        mut drop_it: impl FnMut(Hpa) -> bool,
-        mut sink: impl FnMut(Hpa),
+        mut drop_it: impl FnMut(RootHpa) -> bool,
+        mut sink: impl FnMut(RootHpa),
     ) {
         // SAFETY: the context lives and is this thread's.
         let previous = unsafe { &mut (*self.0.get()).prev_roots };
         for (bit, root) in (1..).zip(previous.iter_mut()) {
-            if root.hpa != INVALID_PAGE && set.has(bit) && drop_it(Hpa(root.hpa)) {
-                let hpa = Hpa(root.hpa);
+            let Some(hpa) = RootHpa::of_field(root) else {
+                continue;
+            };
+            if set.has(bit) && drop_it(hpa) {
                 root.hpa = INVALID_PAGE;
                 root.pgd = u64::MAX;
                 sink(hpa);
@@ -344,9 +373,9 @@ impl Vcpu {
     }
 
     /// Loads the root into the hardware's context.
-    pub fn load_pgd(&self, root: Hpa, level: Level) {
+    pub fn load_pgd(&self, root: RootHpa, level: Level) {
         // SAFETY: the vCPU is loaded by this thread; bound when the VM was taken.
-        unsafe { calls::vendor::load_mmu_pgd(self.as_ptr(), root.0, level.get().into()) }
+        unsafe { calls::vendor::load_mmu_pgd(self.as_ptr(), root.get().0, level.get().into()) }
     }
 
     /// Flushes this vCPU's translations.
@@ -362,9 +391,9 @@ impl Vcpu {
     }
 
     /// Emulates the instruction that faulted at `gpa`.
-    pub fn emulate(&self, gpa: u64, kind: i32, insn: *mut c_void, len: i32) -> i32 {
-        // SAFETY: `insn` and `len` are what KVM gave with the fault.
-        unsafe { calls::x86_emulate_instruction(self.as_ptr(), gpa, kind, insn, len) }
+    pub fn emulate(&self, gpa: u64, kind: i32, insn: Instruction) -> i32 {
+        // SAFETY: the vCPU is this thread's; the instruction is one by its invariants.
+        unsafe { calls::x86_emulate_instruction(self.as_ptr(), gpa, kind, insn.bytes, insn.len) }
     }
 
     /// Counts a fault in KVM's statistics.

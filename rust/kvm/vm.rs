@@ -100,10 +100,12 @@ impl Kvm {
 
     /// Marks the VM as ours, and hands our data of it over until [`take_from_owner`](Self::take_from_owner).
     ///
-    /// Called while the VM is created and in-tree has initialised its lists: no one else can reach it yet.
-    pub fn give_to_owner<T>(&self, data: KBox<T>) {
+    /// # Safety
+    ///
+    /// The VM is being created by this thread, and in-tree has initialised its lists: no one else can reach it yet.
+    pub unsafe fn give_to_owner<T>(&self, data: KBox<T>) {
         let kvm = self.as_ptr();
-        // SAFETY: nobody else can reach the VM yet; the lists are empty and stay so, see the module's description.
+        // SAFETY: nobody else can reach the VM yet, as the caller promises; the lists are empty and stay so, see the module's description.
         unsafe {
             (*kvm).arch.tdp_mmu_roots.prev = KBox::into_raw(data).cast();
             (*kvm).arch.active_mmu_pages.prev = (&raw const rmmu_owner_mark).cast_mut().cast();
@@ -112,11 +114,13 @@ impl Kvm {
 
     /// Takes the mark off, so that the lists are plain empty lists again, and gives our data back.
     ///
-    /// Called while the VM is destroyed: no one else can reach it any more. `T` is what was handed over.
-    pub fn take_from_owner<T>(&self) -> Option<KBox<T>> {
+    /// # Safety
+    ///
+    /// The VM is being destroyed by this thread: no one else can reach it any more. `T` is what was handed over.
+    pub unsafe fn take_from_owner<T>(&self) -> Option<KBox<T>> {
         let data = self.owner_data()?;
         let kvm = self.as_ptr();
-        // SAFETY: nobody else can reach the VM any more, and `data` is the box that `give_to_owner` took apart.
+        // SAFETY: nobody else can reach the VM any more, as the caller promises, and `data` is the box that `give_to_owner` took apart.
         unsafe {
             (*kvm).arch.active_mmu_pages.prev = addr_of_mut!((*kvm).arch.active_mmu_pages);
             (*kvm).arch.tdp_mmu_roots.prev = addr_of_mut!((*kvm).arch.tdp_mmu_roots);
@@ -125,8 +129,12 @@ impl Kvm {
     }
 
     /// The VM, for data that [`take_from_owner`](Self::take_from_owner) ends before the VM does.
-    pub fn for_lifetime_of_owner(&self) -> &'static Kvm {
-        // SAFETY: used by the data of the VM only, which the VM outlives.
+    ///
+    /// # Safety
+    ///
+    /// Nothing else keeps the reference.
+    pub unsafe fn for_lifetime_of_owner(&self) -> &'static Kvm {
+        // SAFETY: used by the data of the VM only, as the caller promises, which the VM outlives.
         unsafe { Kvm::from_raw(self.as_ptr()) }
     }
 
@@ -150,6 +158,26 @@ impl Kvm {
     /// Takes `mmu_lock` for write.
     pub fn write_lock(&self) -> WriteGuard<'_> {
         WriteGuard::new(self)
+    }
+
+    /// Complains if nobody holds `mmu_lock`. Lockdep knows; without it this is nothing.
+    #[inline(always)]
+    pub(super) fn assert_mmu_locked(&self) {
+        #[cfg(CONFIG_LOCKDEP)]
+        // SAFETY: the VM lives.
+        unsafe {
+            bindings::rmmu_assert_mmu_locked(self.as_ptr())
+        };
+    }
+
+    /// The same of `mmu_lock` held for write.
+    #[inline(always)]
+    pub(super) fn assert_mmu_locked_for_write(&self) {
+        #[cfg(CONFIG_LOCKDEP)]
+        // SAFETY: the VM lives.
+        unsafe {
+            bindings::rmmu_assert_mmu_locked_for_write(self.as_ptr())
+        };
     }
 
     /// Flushes every TLB of the guest.
@@ -435,6 +463,7 @@ impl Kvm {
 
     /// Whether mappings of the host are being invalidated. `mmu_lock` is held.
     pub fn invalidating_now(&self) -> bool {
+        self.assert_mmu_locked();
         // SAFETY: a word that changes under mmu_lock.
         unsafe { (*self.as_ptr()).mmu_invalidate_in_progress != 0 }
     }

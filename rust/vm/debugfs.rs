@@ -9,7 +9,7 @@ use super::{control::module_stats, Vm};
 use crate::{
     kvm::{
         bindings::{self, check_prototype},
-        shadow::{root_kind, RootKind},
+        root::{RootHpa, RootKind},
         symbols,
     },
     mmu::{
@@ -417,7 +417,8 @@ fn print_shadow_roots(m: &SeqFile, vm: &Vm) {
         }
     });
     for (hpa, gfn, role) in roots.into_iter().flatten() {
-        let RootKind::Shadow(root) = root_kind(hpa) else {
+        // SAFETY: the address of a page that is in use as a root, and stays so while the lock is held.
+        let RootKind::Shadow(root) = unsafe { RootHpa::new(hpa) }.kind() else {
             continue;
         };
         let word = |on: bool, word: &'static str| if on { word } else { "" };

@@ -14,9 +14,9 @@ use crate::kvm::bindings::{
 use crate::{
     kvm::{
         param,
-        shadow::{root_kind, RootKind},
+        root::RootKind,
         trace,
-        vcpu::{self, FaultStat, Vcpu},
+        vcpu::{self, FaultStat, Instruction, Vcpu},
     },
     mmu::{
         spte::Spte,
@@ -25,7 +25,7 @@ use crate::{
         types::{Gfn, Level, PAGE_SHIFT},
     },
 };
-use kernel::{ffi::c_void, prelude::*};
+use kernel::prelude::*;
 
 /// What KVM's callers understand: RET_PF_RETRY (enter the guest again), RET_PF_EMULATE, ….
 mod ret {
@@ -122,21 +122,14 @@ fn bump(counter: &AtomicU64) {
 
 impl Vm {
     /// A stage-2 fault of the guest; `kvm_mmu_page_fault()`.
-    pub fn page_fault(
-        &self,
-        vcpu: &Vcpu,
-        gpa: u64,
-        error_code: u64,
-        insn: *mut c_void,
-        len: i32,
-    ) -> i32 {
+    pub fn page_fault(&self, vcpu: &Vcpu, gpa: u64, error_code: u64, insn: Instruction) -> i32 {
         if vcpu.mmu().root().is_none() {
             return self.no_root();
         }
         if error_code & pferr::RSVD != 0 {
-            return Self::reserved_fault(vcpu, gpa, error_code, insn, len, self);
+            return Self::reserved_fault(vcpu, gpa, error_code, insn, self);
         }
-        Self::memory_fault(vcpu, gpa, error_code, insn, len, self)
+        Self::memory_fault(vcpu, gpa, error_code, insn, self)
     }
 
     #[cold]
@@ -150,18 +143,11 @@ impl Vm {
     /// This and [`memory_fault`](Self::memory_fault) are functions of their own, and take the VM last, so that neither
     /// saves what only the other needs, and all other arguments stay in the registers in which KVM passed them.
     #[inline(never)]
-    fn reserved_fault(
-        vcpu: &Vcpu,
-        gpa: u64,
-        error_code: u64,
-        insn: *mut c_void,
-        len: i32,
-        vm: &Vm,
-    ) -> i32 {
+    fn reserved_fault(vcpu: &Vcpu, gpa: u64, error_code: u64, insn: Instruction, vm: &Vm) -> i32 {
         if vcpu.mmio_cached(gpa, vcpu.mmu().direct()) {
             // KVM does not count a known MMIO access as an emulated fault.
             bump(&vm.faults.mmio);
-            return vcpu.emulate(gpa, EMULTYPE_PF as i32, insn, len);
+            return vcpu.emulate(gpa, EMULTYPE_PF as i32, insn);
         }
         match vm.mmio_fault(vcpu, gpa) {
             Some(Handled::Retry) => {
@@ -170,24 +156,17 @@ impl Vm {
             }
             Some(_) => {
                 bump(&vm.faults.mmio);
-                vcpu.emulate(gpa, EMULTYPE_PF as i32, insn, len)
+                vcpu.emulate(gpa, EMULTYPE_PF as i32, insn)
             }
-            None => Self::memory_fault(vcpu, gpa, error_code, insn, len, vm),
+            None => Self::memory_fault(vcpu, gpa, error_code, insn, vm),
         }
     }
 
     /// A fault that is not a known MMIO access.
     #[inline(never)]
-    fn memory_fault(
-        vcpu: &Vcpu,
-        gpa: u64,
-        error_code: u64,
-        insn: *mut c_void,
-        len: i32,
-        vm: &Vm,
-    ) -> i32 {
+    fn memory_fault(vcpu: &Vcpu, gpa: u64, error_code: u64, insn: Instruction, vm: &Vm) -> i32 {
         let access = &Access::new(gpa, error_code, false);
-        let emulate = |kind: u32| vcpu.emulate(access.address, kind as i32, insn, len);
+        let emulate = |kind: u32| vcpu.emulate(access.address, kind as i32, insn);
         vcpu.count(FaultStat::Taken);
         let mut handled = match vm.handle(vcpu, access, &mut Level::L4K.clone()) {
             Ok(handled) => handled,
@@ -337,7 +316,7 @@ impl Vm {
     /// The entries on the way to `address` below the vCPU's root: lowest level and highest.
     fn walk_root(&self, vcpu: &Vcpu, address: u64, path: &mut [Spte; 6]) -> Option<(Level, Level)> {
         let mmu = vcpu.mmu();
-        match root_kind(mmu.root()?) {
+        match mmu.root()?.kind() {
             RootKind::Tdp(root) => {
                 let gfn = Gfn(address >> PAGE_SHIFT);
                 self.tdp.walk(&self.host(), root, gfn, path)

@@ -154,7 +154,11 @@ pub fn wait_for_teardown() {
 /// # Errors
 ///
 /// `ENOMEM`: the VM cannot be created. What else is in the way leaves it to in-tree KVM.
-pub fn adopt(kvm: &Kvm) -> Result {
+///
+/// # Safety
+///
+/// KVM is creating the VM in this thread, and has initialised its lists.
+pub unsafe fn adopt(kvm: &Kvm) -> Result {
     if !param::own_new_vms() {
         return Ok(());
     }
@@ -162,7 +166,8 @@ pub fn adopt(kvm: &Kvm) -> Result {
         decline(fmt!("{}", reason));
         return Ok(());
     }
-    match take(kvm) {
+    // SAFETY: the caller's promise.
+    match unsafe { take(kvm) } {
         Err(error) if error != ENOMEM => {
             decline(fmt!("its data could not be set up ({:?})", error));
             Ok(())
@@ -271,14 +276,18 @@ fn choose_mmu() -> Result {
     Ok(())
 }
 
-fn take(kvm: &Kvm) -> Result {
+/// # Safety
+///
+/// As for [`adopt`].
+unsafe fn take(kvm: &Kvm) -> Result {
     let _ownership = OWNERSHIP.lock();
     choose_mmu()?;
     let host_mmio_matters = param::bind_vendor();
     let reference = ModuleReference::get()?;
     let vm = KBox::new(
         Vm {
-            kvm: kvm.for_lifetime_of_owner(),
+            // SAFETY: kept by this data only.
+            kvm: unsafe { kvm.for_lifetime_of_owner() },
             id: (param::current_pid(), NEXT.fetch_add(1, Relaxed)),
             format: param::spte_format(kvm),
             tdp: Tdp::new(),
@@ -295,7 +304,8 @@ fn take(kvm: &Kvm) -> Result {
     )?;
     control::add(&vm)?;
     vm.debugfs.create(&vm);
-    kvm.give_to_owner(vm);
+    // SAFETY: the VM is being created by this thread, as the caller promises.
+    unsafe { kvm.give_to_owner(vm) };
     core::mem::forget(reference);
     STATS.owned.fetch_add(1, Ordering::Relaxed);
     STATS.owned_total.fetch_add(1, Ordering::Relaxed);
@@ -303,8 +313,13 @@ fn take(kvm: &Kvm) -> Result {
 }
 
 /// The VM is destroyed: gives back everything, and the module reference for the caller to drop last, after [`released`].
-pub fn release(kvm: &Kvm) -> Option<ModuleReference> {
-    let vm = kvm.take_from_owner::<Vm>()?;
+///
+/// # Safety
+///
+/// KVM is destroying the VM in this thread.
+pub unsafe fn release(kvm: &Kvm) -> Option<ModuleReference> {
+    // SAFETY: the VM is being destroyed by this thread, as the caller promises; `take` handed a `Vm` over.
+    let vm = unsafe { kvm.take_from_owner::<Vm>() }?;
     control::remove(&vm);
     vm.debugfs.remove();
     {

@@ -11,10 +11,10 @@ use super::Vm;
 use crate::{
     kvm::{
         param,
-        shadow::{pae_root, root_kind, RootKind},
+        root::{PaeEntry, RootHpa, RootKind},
         table, trace, Kvm, Mmu, RootSet, Vcpu,
     },
-    mmu::{shadow::PagePtr, sync::MmuWrite, table::TablePtr, types::Hpa},
+    mmu::{shadow::PagePtr, sync::MmuWrite},
 };
 use kernel::prelude::*;
 
@@ -22,11 +22,6 @@ use kernel::prelude::*;
 const SHADOW_ROOTS: usize = 8;
 
 impl Vm {
-    /// The table behind a direct root that a vCPU holds a reference on, where the TDP MMU serves these.
-    pub(super) fn root_table(&self, root: Hpa) -> Option<TablePtr> {
-        table::root_at(root)
-    }
-
     /// Gives the vCPU a root; `kvm_mmu_load()`.
     pub fn load(&self, vcpu: &Vcpu) -> i32 {
         match self.try_load(vcpu) {
@@ -51,7 +46,7 @@ impl Vm {
                     )
                     .ok_or(ENOMEM)?
             };
-            mmu.set_root(Some(root.hpa()), 0);
+            mmu.set_root(Some(RootHpa::of_table(root)), 0);
         } else {
             self.load_shadow(vcpu, mmu)?;
             self.sync_roots(vcpu);
@@ -113,8 +108,8 @@ impl Vm {
         };
         mmu.take_roots(
             set,
-            |hpa| which(root_kind(hpa)),
-            |hpa| match root_kind(hpa) {
+            |root| which(root.kind()),
+            |root| match root.kind() {
                 RootKind::Tdp(root) => {
                     // Readers of the list of roots rely on mmu_lock.
                     let _lock = self.kvm.read_lock();
@@ -123,9 +118,9 @@ impl Vm {
                 RootKind::Shadow(root) => collect(Some(root)),
                 RootKind::Special => {
                     for entry in mmu.pae_entries().unwrap_or_default() {
-                        collect(pae_root(entry));
+                        collect(entry.root());
                     }
-                    mmu.set_pae_entries([0; 4]);
+                    mmu.set_pae_entries([PaeEntry::NONE; 4]);
                 }
                 RootKind::Dummy => {}
             },
@@ -150,7 +145,7 @@ impl Vm {
     pub fn new_pgd(&self, vcpu: &Vcpu, pgd: u64) {
         let mmu = vcpu.mmu();
         // PAE entries and what is above them are one set a context: they cannot be kept.
-        if let Some(RootKind::Special | RootKind::Dummy) = mmu.root().map(root_kind) {
+        if let Some(RootKind::Special | RootKind::Dummy) = mmu.root().map(RootHpa::kind) {
             self.drop_root_in_use(mmu);
         }
         let (role, direct) = (mmu.role_word(), mmu.direct());
@@ -160,7 +155,7 @@ impl Vm {
             if !direct && root_pgd != pgd {
                 return false;
             }
-            match root_kind(hpa) {
+            match hpa.kind() {
                 RootKind::Tdp(root) => table::role(root).word == role && !table::invalid(root),
                 RootKind::Shadow(root) => {
                     shadow = Some(root);

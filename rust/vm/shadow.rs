@@ -24,7 +24,8 @@ use crate::{
         lock::WriteGuard,
         page::{HostPage, HostWindow, MappedPage, NO_SLOT},
         paging::{table_gfn, GuestPaging, VcpuMemory},
-        shadow::{root_kind, RootKind, ShadowCpu},
+        root::{RootHpa, RootKind},
+        shadow::ShadowCpu,
         trace,
         vcpu::FaultStat,
         Slot, Vcpu,
@@ -389,7 +390,7 @@ impl Vm {
 
     /// The vCPU's root, unless it is obsolete, under the lock: its page, or none if it is no page.
     fn usable_root(&self, vcpu: &Vcpu) -> Result<Option<PagePtr>, Unusable> {
-        match vcpu.mmu().root().map(root_kind) {
+        match vcpu.mmu().root().map(RootHpa::kind) {
             // The guest's root has become memory since: load it.
             Some(RootKind::Dummy) => Err(Unusable::Dummy),
             // Whether it is obsolete shows only in what the vCPU is asked to do.

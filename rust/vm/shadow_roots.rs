@@ -13,8 +13,9 @@ use super::{
 use crate::{
     kvm::{
         paging::{table_gfn, VcpuMemory, WrittenEntry},
-        shadow::{alloc_buckets, pae_root, root_kind, RootKind, ShadowCpu},
-        table, Kvm, Mmu, RootSet, Vcpu,
+        root::{PaeEntry, RootHpa, RootKind},
+        shadow::{alloc_buckets, ShadowCpu},
+        Kvm, Mmu, RootSet, Vcpu,
     },
     mmu::{
         shadow::{guest::Guest, PagePtr, PageRole, Root},
@@ -36,6 +37,11 @@ fn quarter(index: usize) -> Gfn {
     Gfn((index as u64) << (30 - PAGE_SHIFT))
 }
 
+/// The four PAE entries of a context, as the engine walks them.
+fn pae_words(mmu: &Mmu) -> Option<[u64; 4]> {
+    Some(mmu.pae_entries()?.map(PaeEntry::raw))
+}
+
 /// What up to four roots are to be: the frame of the table, and the page's role.
 type Wanted = [Option<(Gfn, PageRole)>; 4];
 
@@ -54,7 +60,7 @@ impl LoadedRoot {
     pub(super) fn of(mmu: &Mmu, page: Option<PagePtr>) -> LoadedRoot {
         let entries = match page {
             Some(_) => None,
-            None => mmu.pae_entries(),
+            None => pae_words(mmu),
         };
         LoadedRoot {
             page,
@@ -74,14 +80,14 @@ impl LoadedRoot {
 impl Vm {
     /// The root of a context, if it is the shadow MMU's and no dummy.
     pub(super) fn shadow_root(&self, mmu: &Mmu) -> Option<LoadedRoot> {
-        match root_kind(mmu.root()?) {
+        match mmu.root()?.kind() {
             RootKind::Shadow(page) => Some(LoadedRoot {
                 page: Some(page),
                 entries: [0; 4],
             }),
             RootKind::Special => Some(LoadedRoot {
                 page: None,
-                entries: mmu.pae_entries()?,
+                entries: pae_words(mmu)?,
             }),
             RootKind::Tdp(_) | RootKind::Dummy => None,
         }
@@ -103,7 +109,7 @@ impl Vm {
         let pgd = vcpu.guest_root();
         let gfn = table_gfn(pgd);
         if !vcpu.sees(gfn) {
-            mmu.set_root(Some(table::dummy_root()), 0);
+            mmu.set_root(Some(RootHpa::dummy()), 0);
             return Ok(());
         }
         // May sleep, so it comes before the lock.
@@ -149,7 +155,7 @@ impl Vm {
             .shadow
             .alloc_root(&self.host(), lock, &mut cpu, gfn, role)
             .ok_or(ENOMEM)?;
-        mmu.set_root(Some(root.hpa()), pgd);
+        mmu.set_root(Some(RootHpa::of_page(root)), pgd);
         Ok(())
     }
 
@@ -171,7 +177,9 @@ impl Vm {
             Some((gfn, role.with_quadrant(quadrant)))
         });
         let roots = self.alloc_shadow_roots(vcpu, &wanted)?;
-        mmu.set_pae_entries(roots.map(|root| root.map_or(0, |root| root.hpa().0 | bits)));
+        mmu.set_pae_entries(
+            roots.map(|root| root.map_or(PaeEntry::NONE, |root| PaeEntry::new(root, bits))),
+        );
         let root = mmu.link_pae_root(level, bits);
         if root.is_none() {
             self.kvm.bug(c"a context has no page for PAE entries");
@@ -229,7 +237,7 @@ impl Vm {
             return;
         };
         vcpu.mmio_forget();
-        match root_kind(root) {
+        match root.kind() {
             RootKind::Shadow(page) if self.shadow.is_unsync(page) => {
                 self.sync_pages(vcpu, [Some(page), None, None, None]);
             }
@@ -241,7 +249,7 @@ impl Vm {
     #[cold]
     #[inline(never)]
     fn sync_pae_roots(&self, vcpu: &Vcpu, mmu: &Mmu) {
-        let pages = mmu.pae_entries().unwrap_or_default().map(pae_root);
+        let pages = mmu.pae_entries().unwrap_or_default().map(PaeEntry::root);
         let unsync = |page: &PagePtr| self.shadow.is_unsync(*page);
         if pages.iter().flatten().any(unsync) {
             self.sync_pages(vcpu, pages);
@@ -297,7 +305,7 @@ impl Vm {
             }
         }
         for (bit, root) in (1..).zip(mmu.previous_roots()) {
-            if let (true, Some(RootKind::Shadow(root))) = (set.has(bit), root.map(root_kind)) {
+            if let (true, Some(RootKind::Shadow(root))) = (set.has(bit), root.map(RootHpa::kind)) {
                 invalidate(Root::Page(root));
             }
         }

@@ -20,6 +20,7 @@ use crate::{
     kvm::{
         lock::ReadGuard,
         page::{self, HostPage, HostWindow},
+        root::RootHpa,
         table, trace,
         vcpu::{FaultStat, Vcpu},
         Slot,
@@ -262,7 +263,7 @@ impl Vm {
         if !self.can_be_fast(access) {
             return None;
         }
-        let root = vcpu.mmu().root().and_then(|hpa| self.root_table(hpa))?;
+        let root = vcpu.mmu().root().and_then(RootHpa::table)?;
         let dirty_track = slot.is_some_and(Slot::dirty_tracked);
         let outcome = self.tdp.fast_fault(
             &self.host(),
@@ -286,7 +287,7 @@ impl Vm {
     /// The vCPU's root, unless it was invalidated meanwhile. `mmu_lock` is held, so it stays so.
     #[inline]
     fn current_root(&self, vcpu: &Vcpu) -> Option<TablePtr> {
-        let root = vcpu.mmu().root().and_then(|hpa| self.root_table(hpa))?;
+        let root = vcpu.mmu().root().and_then(RootHpa::table)?;
         (!table::invalid(root)).then_some(root)
     }
 }
