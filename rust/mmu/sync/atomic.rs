@@ -30,9 +30,33 @@ use loom::sync::atomic as model;
 pub use model::{AtomicBool, AtomicPtr, AtomicU16, AtomicU32, AtomicU64, AtomicU8, Ordering};
 #[cfg(MODULE)]
 pub use {
+    barrier::{smp_mb, smp_rmb, smp_wmb},
     core::sync::atomic::{AtomicI64, AtomicUsize},
-    kernel::sync::barrier::{smp_mb, smp_rmb, smp_wmb},
 };
+
+#[cfg(all(MODULE, not(rmmu_has_typed_barriers)))]
+use kernel::sync::barrier;
+
+/// Kernels whose crate has one function, and a type for what it orders.
+#[cfg(all(MODULE, rmmu_has_typed_barriers))]
+mod barrier {
+    use kernel::sync::barrier::{self, Full, Read, Write};
+
+    #[inline(always)]
+    pub fn smp_mb() {
+        barrier::smp_mb(Full);
+    }
+
+    #[inline(always)]
+    pub fn smp_rmb() {
+        barrier::smp_mb(Read);
+    }
+
+    #[inline(always)]
+    pub fn smp_wmb() {
+        barrier::smp_mb(Write);
+    }
+}
 
 /// Orders all accesses of memory before it with all after it.
 #[cfg(not(MODULE))]
