@@ -35,7 +35,7 @@ struct Rmmu {
 }
 
 impl kernel::Module for Rmmu {
-    fn init(_module: &'static ThisModule) -> Result<Self> {
+    fn init(module: &'static ThisModule) -> Result<Self> {
         kvm::log_review();
         hook::prepare();
         vm::init();
@@ -44,7 +44,7 @@ impl kernel::Module for Rmmu {
             vm::debugfs_exit();
             return Err(error);
         }
-        match vm::device() {
+        match vm::device(module) {
             Ok(device) => Ok(Rmmu {
                 device: Some(device),
             }),

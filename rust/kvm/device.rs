@@ -36,12 +36,12 @@ unsafe impl<T> Send for OwnedMiscDevice<T> {}
 unsafe impl<T> Sync for OwnedMiscDevice<T> {}
 
 impl<T: MiscDevice> OwnedMiscDevice<T> {
-    /// Registers the device `/dev/name`, which root alone may open.
+    /// Registers the device `/dev/name`, which root alone may open. `module` has the code of its files, which hold it.
     ///
     /// # Errors
     ///
     /// `ENOMEM`, `EBUSY` if no number is left, and `EEXIST` if there is such a device.
-    pub fn register(name: &'static CStr) -> Result<Pin<KBox<Self>>> {
+    pub fn register(name: &'static CStr, module: &'static ThisModule) -> Result<Pin<KBox<Self>>> {
         let device = KBox::pin_init(
             pin_init!(Self {
                 misc <- Opaque::zeroed(),
@@ -58,7 +58,7 @@ impl<T: MiscDevice> OwnedMiscDevice<T> {
         // `misc_open()` hands `open` the device, as the kernel crate's `MiscDeviceRegistration`, which is transparent.
         let done = unsafe {
             operations.write(*raw.fops);
-            (*operations).owner = crate::THIS_MODULE.as_ptr();
+            (*operations).owner = module.as_ptr();
             raw.fops = operations;
             misc.write(raw);
             to_result(bindings::misc_register(misc))

@@ -210,11 +210,11 @@ impl MiscDevice for Control {
 /// The device, while the module is loaded.
 pub type Device = Pin<KBox<OwnedMiscDevice<Control>>>;
 
-/// Makes `/dev/rmmu`.
+/// Makes `/dev/rmmu`, which holds the module while it is open.
 ///
 /// # Errors
 ///
 /// As [`OwnedMiscDevice::register`].
-pub fn device() -> Result<Device> {
-    OwnedMiscDevice::register(c"rmmu")
+pub fn device(module: &'static ThisModule) -> Result<Device> {
+    OwnedMiscDevice::register(c"rmmu", module)
 }
