@@ -29,7 +29,7 @@ module! {
 }
 
 /// The loaded module.
-struct Rmmu {
+pub struct Rmmu {
     /// Goes first: no file of it is open any more, and none is opened.
     device: Option<vm::Device>,
 }
