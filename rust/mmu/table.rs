@@ -27,9 +27,11 @@ pub type Entries = [AtomicU64; ENTRIES];
 
 /// What of a header the engine may use.
 #[cfg(not(feature = "loom"))]
+#[allow(dead_code)] // rustc 1.85 overlooks what `const _` uses.
 pub(super) const HEADER_SIZE: usize = 168;
 /// Where both kinds of header have what they have in common with KVM's. The module
 /// checks these numbers against KVM's own header.
+#[allow(dead_code)] // As above.
 pub mod offset {
     /// `tdp_mmu_page`: the header is of a table of the TDP MMU ([`KIND_TDP`]), or of a
     /// shadow page.
