@@ -442,10 +442,7 @@ impl World {
     /// The entry of the last level for an address: its table, its index, and the frame.
     fn leaf(&self, vcpu: usize, va: u64) -> Option<(Gfn, u64, Gfn)> {
         let paging = self.vm.paging_of(vcpu);
-        let mut table = Gfn(self.vm.vcpus[vcpu].cr3 >> 12);
-        if paging.mode == Mode::Pae {
-            table = Gfn(self.vm.vcpus[vcpu].pdptrs[(va >> 30 & 3) as usize] >> 12);
-        }
+        let mut table = self.vm.first_table(vcpu, va);
         for level in (1..=paging.top()).rev() {
             if !self.vm.ram.contains(table) {
                 return None;
@@ -486,33 +483,27 @@ impl World {
             return;
         };
         let user = self.vm.paging.nested || self.random.once_in(2);
-        for (number, frame) in frames.into_iter().enumerate() {
-            let mut value = frame.0 << 12 | paging.full();
-            if number == 0 {
-                value &= !W;
-            }
-            self.write_entry(vcpu, table.0, index, value);
-            if number == 0 {
-                self.vm.invlpg(vcpu, va);
-            }
-            let kind = Kind {
-                write: number == 1 && !self.random.once_in(4),
-                exec: false,
-                user,
-            };
-            if let Touch::Memory(_) = self.vm.touch(vcpu, va, kind) {
-                self.note("swapped");
-            }
+        let [before, after] = frames.map(|frame| frame.0 << 12 | paging.full());
+        self.write_entry(vcpu, table.0, index, before & !W);
+        self.vm.invlpg(vcpu, va);
+        self.swap_touch(vcpu, va, false, user);
+        self.write_entry(vcpu, table.0, index, after);
+        let write = !self.random.once_in(4);
+        self.swap_touch(vcpu, va, write, user);
+    }
+
+    /// An access to what [`swap_frames`](World::swap_frames) changes.
+    fn swap_touch(&mut self, vcpu: usize, va: u64, write: bool, user: bool) {
+        let exec = false;
+        if let Touch::Memory(_) = self.vm.touch(vcpu, va, Kind { write, exec, user }) {
+            self.note("swapped");
         }
     }
 
     /// The guest serves its page fault: one entry becomes as it should be.
     fn repair(&mut self, vcpu: usize, va: u64) {
         let paging = self.vm.paging_of(vcpu);
-        let mut table = Gfn(self.vm.vcpus[vcpu].cr3 >> 12);
-        if paging.mode == Mode::Pae {
-            table = Gfn(self.vm.vcpus[vcpu].pdptrs[(va >> 30 & 3) as usize] >> 12);
-        }
+        let mut table = self.vm.first_table(vcpu, va);
         for level in (1..=paging.top()).rev() {
             if !self.vm.ram.contains(table) {
                 break;

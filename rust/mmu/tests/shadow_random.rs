@@ -372,10 +372,7 @@ impl Run {
     /// The guest serves its own page fault.
     fn repair(&mut self, vcpu: usize, va: u64) {
         let paging = self.paging();
-        let mut table = Gfn(self.vm.vcpus[vcpu].cr3 >> 12);
-        if paging.mode == Mode::Pae {
-            table = Gfn(self.vm.vcpus[vcpu].pdptrs[(va >> 30 & 3) as usize] >> 12);
-        }
+        let mut table = self.vm.first_table(vcpu, va);
         for level in (1..=paging.top()).rev() {
             let gpa = paging.entry_gpa(table, paging.index(va, level));
             let mut entry = self.vm.ram.load(gpa, paging.width());

@@ -118,13 +118,12 @@ impl Vm {
         };
         if kind.write {
             assert!(self.ram.backing(gfn).unwrap().writable && !self.ram.is_rom(gfn));
+            self.assert_write_is_seen(&allowed);
             // Of frames that share a page and that the address may both lead to, it
-            // is the one that the entry was made for whose write is seen and logged.
-            if allowed.len() == 1 {
-                self.assert_write_is_seen(gfn);
-                if self.machine.valid_slot(gfn).is_some_and(|s| s.logged.get()) {
-                    self.logged_writes.insert(gfn.0);
-                }
+            // is the one that the entry was made for whose write is logged.
+            let logged = self.machine.valid_slot(gfn).is_some_and(|s| s.logged.get());
+            if logged && allowed.len() == 1 {
+                self.logged_writes.insert(gfn.0);
             }
         }
         gfn
@@ -143,17 +142,23 @@ impl Vm {
         })
     }
 
-    /// A write to a table that is shadowed does not go unnoticed.
-    fn assert_write_is_seen(&self, gfn: Gfn) {
+    /// A write to a table that is shadowed does not go unnoticed. The write came by one
+    /// of the frames.
+    fn assert_write_is_seen(&self, frames: &[Gfn]) {
+        let mut tables = Vec::new();
         self.machine.write(|lock| {
             self.shadow.visit_pages(lock, |page| {
-                let shadows = page.gfn == gfn && page.role.has_guest_entries();
-                assert!(
-                    !shadows || page.unsync,
-                    "a shadowed table can be written to: {page:x?}"
-                );
+                if frames.contains(&page.gfn) && page.role.has_guest_entries() && !page.unsync {
+                    tables.push(*page);
+                }
             });
         });
+        assert!(
+            frames
+                .iter()
+                .any(|&gfn| tables.iter().all(|page| page.gfn != gfn)),
+            "shadowed tables can be written to by {frames:x?}: {tables:x?}"
+        );
     }
 
     fn reserved_fault(&mut self, vcpu: usize, va: u64, kind: Kind, spte: Spte) -> Option<Touch> {

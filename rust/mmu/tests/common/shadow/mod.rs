@@ -156,6 +156,16 @@ impl Vm {
         paging.context(vcpu.cr3, vcpu.pdptrs)
     }
 
+    /// The guest's first table on the way to an address: with PAE, what a PDPTE leads to.
+    pub fn first_table(&self, vcpu: usize, va: u64) -> Gfn {
+        let cpu = &self.vcpus[vcpu];
+        let entry = match self.paging_of(vcpu).mode {
+            paging::Mode::Pae => cpu.pdptrs[(va >> 30 & 3) as usize],
+            _ => cpu.cr3,
+        };
+        Gfn(entry >> 12)
+    }
+
     /// What the guest's tables say about an address now.
     pub fn translate(&self, vcpu: usize, va: u64) -> Option<Translation> {
         let paging = self.paging_of(vcpu);
