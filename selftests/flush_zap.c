@@ -74,7 +74,7 @@ static guest_code void victim(uint64_t shared)
 		/* The last table is zapped last: until then a flush has to bring it up to date. */
 		for (uint64_t value = 1; s->attacked != round; value = 3 - value) {
 			store(TABLE(NR_TABLES - 1) + CHANGING * 8, PAGE(value) | ENTRY);
-			__asm__ volatile("mov %%cr3, %%rax; mov %%rax, %%cr3" : : : "rax", "memory");
+			guest_flush();
 			s->flushes++;
 			if (load(ADDRESS(NR_TABLES - 1) + CHANGING * PAGE_SIZE) != value && !s->lost++)
 				s->first_lost = round;

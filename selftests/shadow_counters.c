@@ -74,7 +74,6 @@ guest_code void inner(uint64_t shared)
 guest_code void play(uint64_t shared)
 {
 	volatile struct command *command = (void *)shared;
-	uint64_t cr3;
 
 	for (;;) {
 		uint64_t wrong = 0;
@@ -95,7 +94,7 @@ guest_code void play(uint64_t shared)
 			if (command->nested)
 				nested_flush(NESTED);
 			else
-				__asm__ volatile("mov %%cr3, %0; mov %0, %%cr3" : "=r"(cr3) : : "memory");
+				guest_flush();
 			break;
 		}
 		guest_sync(wrong ? wrong : 1);

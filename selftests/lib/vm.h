@@ -112,6 +112,14 @@ guest_inline uint64_t next_random(uint64_t *state)
 	return bits * 0x9e3779b97f4a7c15UL >> 8;
 }
 
+/* Forget translations, as MOV to CR3 does. */
+guest_inline void guest_flush(void)
+{
+	uint64_t cr3;
+
+	__asm__ volatile("mov %%cr3, %0; mov %0, %%cr3" : "=r"(cr3) : : "memory");
+}
+
 guest_inline void guest_pause(void)
 {
 	__asm__ volatile("pause" : : : "memory");

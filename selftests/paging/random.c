@@ -299,14 +299,19 @@ static void flush(struct run *run)
 	model_set_cr4(&run->model, run->machine->cr4);
 }
 
+static void flip_nx(struct run *run)
+{
+	run->machine->efer ^= EFER_NX;
+	run->model.features.nx = run->machine->efer & EFER_NX;
+}
+
 static void change_registers(struct run *run)
 {
 	struct machine *machine = run->machine;
 	uint64_t cr4 = machine->cr4;
 
 	if (run->changes_nx && percent(run, 10)) {
-		machine->efer ^= EFER_NX;
-		run->model.features.nx = machine->efer & EFER_NX;
+		flip_nx(run);
 		issue(run, KIND_EFER, 0, 0, machine->efer);
 		/* No manual says what becomes of translations made by the other rule. */
 		flush(run);
@@ -544,10 +549,8 @@ static void set_registers(struct run *run)
 	struct machine *machine = run->machine;
 	struct model *model = &run->model;
 
-	if (run->changes_nx && percent(run, 50)) {
-		machine->efer ^= EFER_NX;
-		model->features.nx = machine->efer & EFER_NX;
-	}
+	if (run->changes_nx && percent(run, 50))
+		flip_nx(run);
 	/* Of those that guests change only what the nested guest's tables do not care about is left. */
 	if (run->mode->paging != NESTED) {
 		machine->cr0 ^= percent(run, 50) ? CR0_WP : 0;
