@@ -105,7 +105,8 @@ impl Kvm {
     /// The VM is being created by this thread, and in-tree has initialised its lists: no one else can reach it yet.
     pub unsafe fn give_to_owner<T>(&self, data: KBox<T>) {
         let kvm = self.as_ptr();
-        // SAFETY: nobody else can reach the VM yet, as the caller promises; the lists are empty and stay so, see the module's description.
+        // SAFETY: nobody else can reach the VM yet, as the caller promises; the lists are empty and stay so, see the
+        // description of this file.
         unsafe {
             (*kvm).arch.tdp_mmu_roots.prev = KBox::into_raw(data).cast();
             (*kvm).arch.active_mmu_pages.prev = (&raw const rmmu_owner_mark).cast_mut().cast();
@@ -120,7 +121,8 @@ impl Kvm {
     pub unsafe fn take_from_owner<T>(&self) -> Option<KBox<T>> {
         let data = self.owner_data()?;
         let kvm = self.as_ptr();
-        // SAFETY: nobody else can reach the VM any more, as the caller promises, and `data` is the box that `give_to_owner` took apart.
+        // SAFETY: nobody else can reach the VM any more, as the caller promises, and `data` is the box that
+        // `give_to_owner` took apart.
         unsafe {
             (*kvm).arch.active_mmu_pages.prev = addr_of_mut!((*kvm).arch.active_mmu_pages);
             (*kvm).arch.tdp_mmu_roots.prev = addr_of_mut!((*kvm).arch.tdp_mmu_roots);
